@@ -1,0 +1,1 @@
+"""Embedding Estimate: a prompt, estimated as one textual-inversion embedding."""

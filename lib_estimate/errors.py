@@ -1,0 +1,21 @@
+"""The few exceptions a user can meet. Each message says what happened and what to do about it."""
+
+
+class EstimateError(Exception):
+    """Anything that stops an estimate for a reason the user can understand and mend."""
+
+
+class PromptSyntaxError(EstimateError):
+    """A prompt, or the name of an embedding, that cannot be read."""
+
+
+class RequestError(EstimateError):
+    """A request that cannot be carried out as it stands: a value out of range, two fields that contradict."""
+
+
+class ModelError(EstimateError):
+    """A checkpoint that cannot be read or is of a kind that does not work."""
+
+
+class EmbeddingFileError(EstimateError):
+    """A name, folder or file of an embedding that cannot be used, read or written."""

@@ -1,0 +1,206 @@
+"""What a user can ask for: the one place where a parameter has its default, range, choices and help.
+
+The command line, the README's tables and the record in a saved file are made from these dataclasses. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from lib_estimate.choices import LOSSES, OPTIMIZERS, SCHEDULES
+from lib_estimate.errors import RequestError
+
+
+class Target(str, Enum):
+    PROMPT = "prompt"
+    NEGATIVE = "negative"
+
+
+class Part(str, Enum):
+    AUTO = "auto"
+    CROSS_ATTENTION = "cross-attention"
+    UNET = "unet"
+    TRANSFORMER = "transformer"
+
+
+class Use(str, Enum):
+    ANYWHERE = "anywhere"
+    WHOLE = "whole"
+    SENTENCE = "sentence"
+
+
+class Start(str, Enum):
+    TEXT = "text"
+    POOLED = "pooled"
+    RANDOM = "random"
+
+
+class Format(str, Enum):
+    PT = "pt"
+    SAFETENSORS = "safetensors"
+
+
+class Emphasis(str, Enum):
+    ORIGINAL = "Original"
+    NO_NORM = "No norm"
+    IGNORE = "Ignore"
+    NONE = "None"
+
+
+INIT_TEXT = "init_text"  # value of `vectors`: as many as the initial text has tokens
+AUTO_VECTORS = "auto"  # value of `vectors`: as few as keep the error below the tolerance
+AUTO = "auto"  # value of fields that depend on the part
+HOLE = "{}"  # where the embedding stands in a sentence
+
+
+def _field(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
+    if choices is None and isinstance(default, Enum):
+        choices = tuple(member.value for member in type(default))
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model a host without a webui loads, and how it reads prompts. A webui has these as its own settings."""
+
+    model: str = _field("", "diffusers folder, or a single .safetensors / .ckpt file of the Stable Diffusion 1 family")
+    device: str = _field("auto", "where to compute: auto, cpu, cuda, cuda:1, mps")
+    dtype: str = _field(
+        "auto",
+        "number format of the model's weights; auto is float16 on a GPU and float32 on a CPU",
+        choices=("auto", "float32", "float16", "bfloat16"),
+    )
+    emphasis: Emphasis = _field(Emphasis.ORIGINAL, "how (word:1.4) is applied, as in the webui's settings")
+    clip_skip: int = _field(1, "which layer of the text encoder is read, counted from its end", low=1, high=12)
+
+
+@dataclass(frozen=True)
+class EstimateRequest:
+    """One estimate: the prompt, what is fitted to it, how, and where the result goes."""
+
+    prompt: str = _field("", "the prompt to estimate, with its emphasis: a (red:1.6) circle")
+    name: str = _field("", "name of the embedding: the word to use in prompts, and the file's name")
+    negative: str = _field("", "the negative prompt")
+    target: Target = _field(Target.PROMPT, "which of the two becomes the embedding")
+    part: Part = _field(
+        Part.AUTO,
+        "what has to match. auto: picks by itself what works best. cross-attention: what the text brings about in the "
+        "U-Net's cross-attention layers; fast. unet: the predicted noise; slow, exact. transformer: only the text "
+        "encoder's hidden states; quick, but can't carry emphasis",
+    )
+    use: Use = _field(
+        Use.ANYWHERE,
+        "where the word will stand. anywhere: in all kinds of prompts. whole: it is the whole prompt or the whole "
+        "negative prompt. sentence: in the sentences given",
+    )
+    sentence: tuple[str, ...] = _field(
+        (), "with --use sentence: the sentence, with {} for the word: a photo of {}, by night. May be given again"
+    )
+    vectors: int | str = _field(
+        INIT_TEXT,
+        f"number of vectors; {INIT_TEXT}: as many as the initial text has tokens; {AUTO_VECTORS}: as few as keep the "
+        "error below the tolerance",
+        low=1,
+        high=75,
+        choices=(INIT_TEXT, AUTO_VECTORS),
+    )
+    tolerance: float = _field(0.01, f"error that vectors {AUTO_VECTORS} may leave", low=0.0, high=1.0)
+    init: str = _field("", "text the vectors start from; may contain names of embeddings. Blank: the prompt itself")
+    start: Start = _field(
+        Start.TEXT,
+        "how the start fills the vectors. text: token by token, cut off or filled up with zeros; pooled: the text "
+        "in as many pieces as there are vectors, each the mean of its tokens; random: noise as large as real tokens",
+    )
+    steps: int = _field(
+        0, "learning steps at the most; stops earlier when the error no longer falls. 0: by part", low=0, high=100_000
+    )
+    learning_rate: str = _field(
+        "", "learning rate, also as 0.005:100, 1e-3:1000, 1e-5 (rate until that step). Blank: by part and optimizer"
+    )
+    schedule: str = _field(AUTO, "how the learning rate goes on from there. auto: by part", choices=(AUTO, *SCHEDULES))
+    warmup: int = _field(0, "steps over which the learning rate rises from zero", low=0, high=100_000)
+    optimizer: str = _field(AUTO, "the optimizer. auto: by part", choices=(AUTO, *OPTIMIZERS))
+    loss: str = _field("MSE", "how the distance to the target is measured while learning", choices=tuple(LOSSES))
+    batch: int = _field(8, "noisy latents per learning step of the unet part", low=1, high=256)
+    queries: int = _field(6, "positions per latent that the cross-attention part looks at", low=1, high=4096)
+    memory: float = _field(1.0, "GB that these may take", low=0.01, high=64.0)
+    clip_gradient: float = _field(0.0, "largest norm of the gradient; 0: no limit", low=0.0, high=1e6)
+    ema: float = _field(
+        0.0, "share of the old in a moving average of the vectors, such as 0.95; 0: off", low=0.0, high=0.9999
+    )
+    patience: int = _field(
+        10, "checks without a smaller error after which learning stops; 0: never stop early", low=0, high=100_000
+    )
+    seed: int = _field(0, "seed of all noise; the same seed repeats a run", low=0, high=2**32 - 1)
+    sampling_steps: int = _field(20, "sampling steps of the generations whose latents are learnt from", low=2, high=150)
+    cfg_scale: float = _field(5.0, "CFG scale of those generations", low=1.0, high=30.0)
+    width: int = _field(0, "width of those generations in pixels; 0: the model's own", low=0, high=4096)
+    height: int = _field(0, "height of those generations in pixels; 0: the model's own", low=0, high=4096)
+    trajectories: int = _field(
+        0, "how many generations are learnt from, each from its own noise. 0: by part", low=0, high=64
+    )
+    images: int = _field(4, "pictures made of the prompt and the embedding each, to compare; 0: none", low=0, high=64)
+    out: str = _field("embeddings", "folder the embedding is saved in")
+    format: Format = _field(Format.PT, "file format")
+    overwrite: bool = _field(False, "replace an embedding file of that name")
+
+    def validate(self) -> EstimateRequest:
+        """Returns itself, or raises RequestError naming the first field that is wrong and what to do."""
+        for item in dataclasses.fields(self):
+            _check(item, getattr(self, item.name))
+        text = self.text
+        if not text.strip():
+            which = "prompt" if self.target is Target.PROMPT else "negative prompt"
+            raise RequestError(
+                f"The {which} is empty: there is nothing to estimate. Type the text that should become one word."
+            )
+        self._check_sentences()
+        for side in ("width", "height"):
+            if getattr(self, side) % 8:
+                raise RequestError(f"{side} is {getattr(self, side)}: it must be a multiple of 8 pixels.")
+        return self
+
+    def _check_sentences(self) -> None:
+        if self.use is Use.SENTENCE and not self.sentence:
+            raise RequestError("--use sentence needs the sentence: give it as --sentence 'a photo of {}, by night'.")
+        for sentence in self.sentence:
+            if sentence.count(HOLE) != 1:
+                raise RequestError(f"The sentence {sentence!r} must have {HOLE} once, where the word will stand.")
+
+    @property
+    def text(self) -> str:
+        """The text that becomes the embedding."""
+        return self.prompt if self.target is Target.PROMPT else self.negative
+
+    def record(self) -> dict[str, Any]:
+        """All fields as plain values, for the saved file and for JSON."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check(item: dataclasses.Field, value: Any) -> None:
+    """Type, range and choices of one field. Range and choices come from the field's metadata."""
+    name, low, high, choices = item.name, item.metadata["low"], item.metadata["high"], item.metadata["choices"]
+    if isinstance(value, Enum):
+        value = value.value
+    if choices is not None and value in choices:
+        return
+    if choices is not None and low is None:
+        raise RequestError(f"{name} is {value!r}: choose one of {', '.join(map(str, choices))}.")
+    if low is None:
+        return
+    whole = not isinstance(item.default, float)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value != value:
+        also = "".join(f", or {choice}" for choice in choices or ())
+        raise RequestError(f"{name} is {value!r}: it must be {'a whole number' if whole else 'a number'}{also}.")
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value}: it must be between {low} and {high}.")

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lib_estimate.errors import RequestError
+from lib_estimate.request import EstimateRequest, ModelOptions, Part, Target, Use
+
+GOOD = EstimateRequest(prompt="a (red:1.6) circle", name="x")
+
+
+@pytest.mark.parametrize("source", [EstimateRequest, ModelOptions])
+def test_every_field_is_explained_and_has_a_valid_default(source: type) -> None:
+    for item in dataclasses.fields(source):
+        assert item.metadata["help"], item.name
+        low, high, choices = (item.metadata[k] for k in ("low", "high", "choices"))
+        default = getattr(item.default, "value", item.default)
+        assert choices is None or default in choices, item.name
+        assert low is None or isinstance(default, str) or low <= default <= high, item.name
+
+
+def test_a_good_request_validates_to_itself() -> None:
+    assert GOOD.validate() is GOOD
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"prompt": "  "}, "empty"),
+        ({"target": Target.NEGATIVE}, "negative prompt is empty"),
+        ({"steps": -1}, "steps"),
+        ({"steps": 2.5}, "whole number"),
+        ({"steps": True}, "whole number"),
+        ({"vectors": 76}, "between 1 and 75"),
+        ({"vectors": 0}, "between 1 and 75"),
+        ({"vectors": "many"}, "init_text"),
+        ({"cfg_scale": float("nan")}, "cfg_scale"),
+        ({"ema": 1.0}, "ema"),
+        ({"optimizer": "Adamm"}, "choose one of"),
+        ({"loss": "L7"}, "choose one of"),
+        ({"width": 100}, "multiple of 8"),
+        ({"part": "magic"}, "choose one of"),
+        ({"use": Use.SENTENCE}, "--sentence"),
+        ({"sentence": ("no place",)}, "{}"),
+        ({"sentence": ("{} and {}",)}, "once"),
+    ],
+)
+def test_a_bad_field_is_named(change: dict, word: str) -> None:
+    with pytest.raises(RequestError, match=word):
+        dataclasses.replace(GOOD, **change).validate()
+
+
+def test_the_record_is_plain() -> None:
+    record = GOOD.record()
+    assert record["part"] == Part.AUTO.value
+    assert type(record["part"]) is str
+    assert set(record) == {item.name for item in dataclasses.fields(EstimateRequest)}
