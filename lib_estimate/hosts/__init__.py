@@ -1,0 +1,1 @@
+"""Hosts: the programs whose model an estimate runs on, behind one boundary (`base.Host`)."""

@@ -1,0 +1,173 @@
+"""The boundary between the core and the program that holds the model.
+
+The core asks a `Host` for a `Session` and works on the model through it alone. A session borrows the model: it freezes
+the weights, and puts back whatever it changed when it ends, on success, error, interrupt and out-of-memory alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from random import Random
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lib_estimate.embedding_file import Vectors
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the core has to know of the loaded model. Every width and shape in the core comes from here."""
+
+    name: str
+    hash: str | None  # short hash of the checkpoint, as the webui shows it
+    widths: Mapping[str, int]  # text encoder's key -> width of its token embeddings
+    chunk_length: int  # tokens a prompt's chunk holds, without start and end
+    latent_channels: int
+    latent_scale: int  # pixels per latent pixel, one way
+    default_size: int  # pixels, the size the model was trained at
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the U-Net is told: the text encoder's hidden states `[B, T, C]`, T a multiple of a chunk's positions."""
+
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """One of the prompts an `AND` composes: its weight, and its texts as (last sampling step, text), in order."""
+
+    weight: float
+    texts: tuple[tuple[int, str], ...]
+
+    def text_at(self, step: int) -> str:
+        """The text in force at sampling step `step`, counted from 0."""
+        return next((text for until, text in self.texts if step < until), self.texts[-1][1])
+
+
+@dataclass(frozen=True)
+class Token:
+    """A piece of a prompt as the text encoder gets it; `vectors` is 0 for a word, else an embedding's."""
+
+    text: str
+    weight: float
+    vectors: int
+
+
+@dataclass(frozen=True)
+class StepConditioning:
+    """What one sampling step is given: weighted positive parts, and the negative conditioning for CFG."""
+
+    positive: tuple[tuple[float, Conditioning], ...]
+    negative: Conditioning
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Latents on their way from noise to pictures.
+
+    x `[S, B, c, h, w]` (S sampling steps, B seeds), timestep `[S]`, the eps that was predicted there for the positive
+    parts together and for the negative prompt, each `[S, B, c, h, w]`, and the last latents final `[B, c, h, w]`.
+    """
+
+    x: Tensor
+    timestep: Tensor
+    positive: Tensor
+    negative: Tensor
+    final: Tensor
+
+
+Watch = Callable[[int, int, Tensor], None]
+"""see(sampling step, number of the cross-attention layer, hidden states `[B, L, C]` that enter it)."""
+
+CrossAttentionLayer = Callable[[Tensor, Tensor], Tensor]
+"""layer(hidden states `[B, Q, C]`, conditioning `[B, T, D]`) -> its output `[B, Q, C]`, float32."""
+
+
+def compose(parts: list[tuple[float, Tensor]], negative: Tensor) -> Tensor:
+    """eps that acts under CFG like all AND parts together, eps_neg + sum_j w_j (eps_j - eps_neg); Liu et al. 2022."""
+    if len(parts) == 1 and parts[0][0] == 1.0:
+        return parts[0][1]
+    return negative + sum(weight * (eps - negative) for weight, eps in parts)
+
+
+class Session(Protocol):
+    """A model on loan. Everything takes and gives tensors on `info.device`."""
+
+    info: ModelInfo
+    placeholder: str  # the word that stands for the learnt vectors in a text given to `encode`
+
+    def read(self, prompt: str, steps: int, *, negative: bool = False) -> list[PromptPart]:
+        """The prompt's AND parts and their schedules over `steps` sampling steps, as the host reads them."""
+
+    def tokens(self, text: str) -> list[list[Token]]:
+        """The tokens of each chunk, without start, end and padding."""
+
+    def notes(self, prompt: str) -> list[str]:
+        """Sentences about what in the prompt will not be as the user may think, such as a LoRA tag without effect."""
+
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of a text, without start and end."""
+
+    def random_text(self, rng: Random, count: int) -> str:
+        """Text of `count` random tokens of the vocabulary, harmless to the prompt parser."""
+
+    def token_vectors(self, text: str) -> Vectors:
+        """Rows of the token table `[n, width]` for a text read without emphasis; embeddings in it stand in full."""
+
+    def table_norm(self) -> dict[str, float]:
+        """Typical (median) length of a row of each token table."""
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        vectors: Mapping[str, Tensor] | None = None,
+        *,
+        weighted: bool = True,
+        together: bool = False,
+    ) -> Conditioning:
+        """Hidden states `[B, T, C]`; shorter texts are filled up with empty chunks, as a webui does.
+
+        Gradients reach `vectors` where the placeholder stands. `weighted=False` reads the same tokens with all weights
+        at one. `together`: the texts are one prompt's schedule, which "Original" emphasis normalises as one.
+        """
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's eps `[B, c, h, w]` for latents x `[B, c, h, w]` at `timestep` `[B]`."""
+
+    def sample(
+        self,
+        noise: Tensor,
+        guidance: Sequence[StepConditioning],
+        cfg_scale: float,
+        *,
+        offset: float = 0.0,
+        watch: Watch | None = None,
+        watch_negative: bool = False,
+    ) -> Iterator[int | Trajectory]:
+        """Samples from noise `[B, c, h, w]`, one step per entry of `guidance`.
+
+        Yields the number of each step done, and last the Trajectory. `offset` (0 to 1) moves the timesteps by that
+        share of the distance between two. `watch` sees what enters each cross-attention layer while the first positive
+        part is predicted, or the negative prompt with `watch_negative`.
+        """
+
+    def cross_attention(self) -> list[CrossAttentionLayer]:
+        """The U-Net's cross-attention layers, in a fixed order: its own modules, with all that changes them."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures `[B, 3, H, W]` in 0..1, float32 on the CPU, of latents `[B, c, h, w]`."""
+
+
+class Host(Protocol):
+    """A program with a loaded model."""
+
+    def session(self) -> AbstractContextManager[Session]:
+        """Borrows the model for one job."""
