@@ -1,0 +1,177 @@
+"""The loop: steps an optimizer over the vectors, reports, and keeps the best vectors it has seen.
+
+"Best" is measured by a validation that is never learnt from and stays the same, so a lucky batch does not count.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_estimate.embedding_file import Vectors
+from lib_estimate.errors import EstimateError
+from lib_estimate.objectives import Objective
+from lib_estimate.plan import Stage
+from lib_estimate.registry import OPTIMIZERS, default_learning_rate, learning_rate_at, make_optimizer
+from lib_estimate.request import EstimateRequest
+
+CHECKS = 30  # how often at the most the validation error is measured in a run
+WORTHWHILE = 0.995  # an error counts as smaller below this share of the best
+
+
+class Cancel:
+    """How somebody stops a run: keep the best vectors so far, or drop everything."""
+
+    def __init__(self) -> None:
+        self.wanted: str | None = None
+
+    def save(self) -> None:
+        self.wanted = "save"
+
+    def discard(self) -> None:
+        self.wanted = "discard"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One learning step. `error` is set where the validation error was measured."""
+
+    part: str
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    seconds_left: float
+    error: float | None
+    best_error: float
+
+
+@dataclass
+class Fit:
+    """One stage of learning. After (or during) `run()`: `best`, `best_error`, `losses`, `steps_run`, `stopped`."""
+
+    stage: Stage
+    request: EstimateRequest
+    objective: Objective
+    start: Vectors
+    validate: Callable[[Vectors], float]
+    cancel: Cancel
+    loss_scale: float = 1.0  # keeps float16 gradients from vanishing on their way back; taken out again
+
+    def __post_init__(self) -> None:
+        self.best = {key: rows.detach().clone() for key, rows in self.start.items()}
+        self.best_error = self.start_error = self.validate(self.best)
+        self.losses: list[float] = []
+        self.steps_run = 0
+        self.stopped = "all steps done"
+
+    def run(self) -> Iterator[StepReport]:
+        request, stage, started = self.request, self.stage, time.perf_counter()
+        vectors = {key: rows.detach().clone().requires_grad_(True) for key, rows in self.start.items()}
+        average = {key: rows.detach().clone() for key, rows in vectors.items()}
+        rate_at, entry = rates(stage, request.warmup), OPTIMIZERS[stage.optimizer]
+        optimizer = make_optimizer(stage.optimizer, list(vectors.values()), rate_at(0))
+        generator = torch.Generator().manual_seed(request.seed)
+        drawn = self.objective.draw(generator, True) if entry.closure else None
+        every, since_better = max(1, math.ceil(stage.steps / CHECKS)), 0
+        # Reading a loss off a GPU makes the CPU wait for it, so there it is done only where a check is due anyway.
+        report_every = 1 if next(iter(vectors.values())).device.type == "cpu" else every
+        pending: list[Tensor] = []
+
+        for step in range(stage.steps):
+            # learning rate, one optimizer step
+            rate = rate_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            if not entry.closure:
+                drawn = self.objective.draw(generator, False)
+            pending.append(self._optimizer_step(optimizer, entry.closure, vectors, drawn))
+            _update_average(average, vectors, request.ema)
+            self.steps_run = step + 1
+            last = step + 1 == stage.steps or self.cancel.wanted is not None
+            if (step + 1) % report_every and not last:
+                continue
+
+            # losses, validation
+            self.losses += torch.stack(pending).tolist()
+            pending.clear()
+            if not all(map(math.isfinite, self.losses[-report_every:])):
+                self._not_finite(step)
+                break
+            error = None
+            if (step + 1) % every == 0 or last:
+                before = self.best_error
+                error = self._check(average)
+                since_better = 0 if error < WORTHWHILE * before else since_better + 1
+            seconds = time.perf_counter() - started
+            left = seconds / (step + 1) * (stage.steps - step - 1)
+            part, loss = stage.part.value, self.losses[-1]
+            yield StepReport(part, step + 1, stage.steps, loss, rate, seconds, left, error, self.best_error)
+
+            # reasons to stop
+            if self.cancel.wanted is not None:
+                if error is None:
+                    self._check(average)
+                self.stopped = "interrupted"
+                break
+            if request.patience and since_better >= request.patience:
+                self.stopped = f"the error has not fallen in {since_better * every} steps"
+                break
+
+    def _check(self, vectors: Vectors) -> float:
+        """Measures the validation error; the best vectors are kept."""
+        error = self.validate(vectors)
+        if error < self.best_error:
+            self.best_error = error
+            self.best = {key: rows.clone() for key, rows in vectors.items()}
+        return error
+
+    def _optimizer_step(self, optimizer: torch.optim.Optimizer, closure: bool, vectors: Vectors, drawn: Any) -> Tensor:
+        """One step; returns the loss before it, a scalar."""
+
+        def evaluate() -> Tensor:
+            optimizer.zero_grad()
+            loss = self.objective.loss(vectors, drawn)
+            (loss * self.loss_scale).backward()
+            if self.loss_scale != 1:
+                for rows in vectors.values():
+                    rows.grad /= self.loss_scale
+            if self.request.clip_gradient:
+                torch.nn.utils.clip_grad_norm_(list(vectors.values()), self.request.clip_gradient)
+            return loss
+
+        loss = optimizer.step(evaluate) if closure else evaluate()
+        if not closure:
+            optimizer.step()
+        return loss.detach()
+
+    def _not_finite(self, step: int) -> None:
+        if not math.isfinite(self.best_error):
+            raise EstimateError(
+                "The loss is not a number from the start: the model gives no usable numbers in this number format. "
+                "Use --dtype float32 or bfloat16."
+            )
+        self.stopped = (
+            f"the loss was not a number at step {step + 1}; the best vectors before it were kept. "
+            "Use a lower learning rate, or --dtype float32"
+        )
+
+
+def rates(stage: Stage, warmup: int) -> Callable[[int], float]:
+    """The learning rate of each step, counted from 0."""
+    rate = stage.learning_rate or str(default_learning_rate(stage.optimizer))
+    return learning_rate_at(rate, stage.schedule, warmup, stage.steps)
+
+
+@torch.no_grad()
+def _update_average(average: Vectors, vectors: Vectors, share: float) -> None:
+    """average <- share * average + (1 - share) * vectors; a share of 0 copies."""
+    for key, rows in vectors.items():
+        average[key].lerp_(rows.detach(), 1 - share)

@@ -1,0 +1,379 @@
+"""One estimate from request to file. A newcomer starts reading here.
+
+for progress in estimate(request, host, cancel): ...   # Phase, Note, StepReport, and last an Outcome
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from lib_estimate import embedding_file, plan
+from lib_estimate.embedding_file import Embedding, Vectors
+from lib_estimate.errors import EstimateError
+from lib_estimate.fidelity import Fidelity, denoising_error, measure, report_sentences
+from lib_estimate.fit import Cancel, Fit, StepReport
+from lib_estimate.hosts.base import Host, ModelInfo, Session
+from lib_estimate.initial import initial_vectors
+from lib_estimate.objectives import CrossAttention, Denoising, HiddenState, InSentences, Objective, Together
+from lib_estimate.plan import Stage
+from lib_estimate.queries import Queries, Recorder
+from lib_estimate.registry import LOSSES
+from lib_estimate.request import AUTO_VECTORS, HOLE, EstimateRequest, Part, Start, Use
+from lib_estimate.sentences import distinct
+from lib_estimate.target import TRAIN, VALIDATION, Bank, Target, build_bank, build_target, latent_noise
+
+CHECK_STEPS, CHECK_OFFSET = 7, -0.5  # of the validation trajectory: few steps, at timesteps of its own
+CHECK_SENTENCES = 8
+FLOAT16_LOSS_SCALE = 4096.0
+
+
+class Interrupted(EstimateError):
+    """The user stopped the run and nothing is to be saved."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Progress of a part of the job that is not the learning itself."""
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence the user should read."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an estimate ended with."""
+
+    path: Path
+    embedding: Embedding
+    fidelity: Fidelity
+    losses: list[float]
+    record: dict[str, Any]  # all of it as plain values, for JSON
+
+
+Progress = Phase | Note | StepReport | Outcome
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is learnt from, for one sentence (or the prompt alone)."""
+
+    target: Target
+    bank: Bank
+    checks: Bank
+    queries: Queries
+
+
+def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None) -> Iterator[Progress]:
+    """Runs one estimate. Raises EstimateError with a sentence for the user."""
+    cancel, started = cancel or Cancel(), time.perf_counter()
+    path = check_destination(request)
+    with host.session() as session:
+        yield from _notes(request, session)
+        alone = build_target(request, session)
+        materials = yield from _materials(request, session, alone, cancel)
+        start, counts = yield from _start(request, session, materials, cancel)
+        run = yield from _learn(request, session, materials, start, cancel)
+        if cancel.wanted == "discard":
+            raise Interrupted("Interrupted. Nothing was saved.")
+
+        chosen = report_sentences(request, session)
+        yield from _warnings(request, session, materials[0], run.best, chosen)
+        facts = _facts(request, session.info, run, counts)
+        try:
+            fidelity = yield from _measured(session, alone, request, run.best, chosen)
+        except BaseException:  # whatever stops the report, what was learnt must not be lost
+            embedding_file.save(Embedding(path.stem, run.best, facts), path, overwrite=request.overwrite)
+            raise
+        embedding = Embedding(path.stem, run.best, {**facts, **fidelity.figures()})
+        embedding_file.save(embedding, path, overwrite=request.overwrite)
+        seconds = time.perf_counter() - started
+        record = _record(request, path, session.info, run, counts, fidelity, seconds)
+    yield Outcome(path, embedding, fidelity, run.losses, record)
+
+
+def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iterator[Phase | Fidelity]:
+    """Measures an embedding against a prompt, as at the end of an estimate."""
+    with host.session() as session:
+        vectors = fitting_vectors(embedding, session.info)
+        chosen = report_sentences(request, session)
+        yield (yield from _measured(session, build_target(request, session), request, vectors, chosen))
+
+
+# ---- before the run -----------------------------------------------------------------------------------------------
+
+
+def check_destination(request: EstimateRequest) -> Path:
+    """Where the file will be. Refuses bad requests and an existing file before anything starts."""
+    request.validate()
+    name = embedding_file.check_name(request.name)
+    path = embedding_file.embedding_path(Path(request.out), name, request.format.value)
+    if path.exists() and not request.overwrite:
+        raise EstimateError(f"{path} exists already. Choose another name, or allow overwriting (--overwrite).")
+    return path
+
+
+def _notes(request: EstimateRequest, session: Session) -> Iterator[Note]:
+    shadow = embedding_file.shadowed_word(request.name, session.token_ids)
+    for text in [*session.notes(request.text), *([shadow] if shadow else [])]:
+        yield Note(text)
+
+
+def fitting_vectors(embedding: Embedding, info: ModelInfo) -> Vectors:
+    """The embedding's vectors under the model's own keys; EstimateError where their widths differ."""
+    rows = list(embedding.vectors.values())
+    widths = [r.shape[1] for r in rows]
+    if widths != list(info.widths.values()):
+        raise EstimateError(
+            f"{embedding.name} holds vectors of width {', '.join(map(str, widths))}, the model {info.name} needs "
+            f"{', '.join(map(str, info.widths.values()))}: it was made for another kind of model."
+        )
+    return {key: r.to(info.device) for key, r in zip(info.widths, rows, strict=True)}
+
+
+# ---- the target, recorded -----------------------------------------------------------------------------------------
+
+
+def _materials(request: EstimateRequest, session: Session, alone: Target, cancel: Cancel) -> Iterator[Phase]:
+    """One Material per sentence the embedding is made for; the prompt alone unless sentences are given."""
+    if request.use is Use.SENTENCE:
+        targets = [build_target(request, session, sentence) for sentence in request.sentence]
+    else:
+        targets = [alone]
+    materials = []
+    for target in targets:
+        materials.append((yield from _material(request, session, target, cancel)))
+    return materials
+
+
+def _material(request: EstimateRequest, session: Session, target: Target, cancel: Cancel) -> Iterator[Phase]:
+    count, steps = plan.trajectories(request), request.sampling_steps
+    recorder = Recorder(request.queries, steps, int(request.memory * 2**30), request.seed)
+    noise = latent_noise(request, session, TRAIN, count)
+    sampling = build_bank(session, target, noise, request.cfg_scale, references=False, watch=recorder.see)
+    bank = yield from _sampled("Recording the target", sampling, steps, cancel)
+    noise = latent_noise(request, session, VALIDATION, 1)
+    sampling = build_bank(
+        session, target, noise, request.cfg_scale, steps=CHECK_STEPS, offset=CHECK_OFFSET, plain=False
+    )
+    checks = yield from _sampled("Recording checks", sampling, CHECK_STEPS, cancel)
+    return Material(target, bank, checks, recorder.queries())
+
+
+def _sampled(phase: str, sampling: Iterator[int | Bank], steps: int, cancel: Cancel) -> Iterator[Phase]:
+    for progress in sampling:
+        if isinstance(progress, Bank):
+            return progress
+        if cancel.wanted is not None:
+            raise Interrupted("Interrupted before the learning began. Nothing was saved.")
+        yield Phase(phase, progress, steps)
+
+
+# ---- learning -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What the stages came to."""
+
+    best: Vectors
+    losses: list[float]
+    stages: list[dict[str, Any]]
+    stopped: str
+
+
+def _learn(
+    request: EstimateRequest, session: Session, materials: list[Material], start: Vectors, cancel: Cancel
+) -> Iterator[Note | StepReport]:
+    """Runs the planned stages one after the other, each from the best vectors of the one before."""
+    target = materials[0].target
+    planned = plan.stages(request, composed=target.composed(), steady=target.single() is not None)
+    if request.use is Use.ANYWHERE and request.part in (Part.AUTO, Part.CROSS_ATTENTION) and target.single() is None:
+        yield Note("The prompt changes from step to step or has AND, so the embedding is made to be the whole prompt.")
+    run = Run(start, [], [], "")
+    for stage in planned:
+        objective, validate = _objective(request, session, materials, stage)
+        scale = FLOAT16_LOSS_SCALE if session.info.dtype is torch.float16 else 1.0
+        fit = Fit(stage, request, objective, run.best, validate, cancel, scale)
+        yield from fit.run()
+        run.best, run.stopped = fit.best, fit.stopped
+        run.losses += fit.losses
+        run.stages.append({**stage.record(), "steps_run": fit.steps_run, "stopped": fit.stopped})
+        if cancel.wanted is not None:
+            break
+    return run
+
+
+def _objective(
+    request: EstimateRequest, session: Session, materials: list[Material], stage: Stage
+) -> tuple[Objective, Callable[[Vectors], float]]:
+    """What a stage minimises, and the error it is judged by."""
+    distance = LOSSES[request.loss]
+    steady = materials[0].target.single() is not None
+    if stage.part is Part.CROSS_ATTENTION and request.use is Use.ANYWHERE and steady:
+        return _in_sentences(request, session, materials[0])
+
+    def objective(m: Material) -> Objective:
+        if stage.part is Part.TRANSFORMER:
+            return HiddenState(session, m.target, distance)
+        if stage.part is Part.CROSS_ATTENTION:
+            return CrossAttention(session, m.target, m.queries, distance)
+        return Denoising(session, m.target, m.bank, m.checks, distance, request.batch)
+
+    objectives = [objective(m) for m in materials]
+    return objectives[0] if len(objectives) == 1 else Together(objectives), _validator(session, materials)
+
+
+def _in_sentences(
+    request: EstimateRequest, session: Session, material: Material
+) -> tuple[InSentences, Callable[[Vectors], float]]:
+    """The objective over random sentences; judged by its own loss on sentences it never draws."""
+    checks = distinct(Random(f"checks {request.seed}"), CHECK_SENTENCES, (), session.random_text)
+    avoid = [*checks, *report_sentences(request, session)]
+    objective = InSentences(session, material.target, material.queries, LOSSES[request.loss], request.text, avoid)
+    drawn = objective.prepared([HOLE, *checks], torch.Generator().manual_seed(request.seed))
+
+    def error(vectors: Vectors) -> float:
+        with torch.no_grad():
+            return float(objective.loss(vectors, drawn))
+
+    return objective, error
+
+
+def _validator(session: Session, materials: list[Material]) -> Callable[[Vectors], float]:
+    def error(vectors: Vectors) -> float:
+        with torch.no_grad():
+            errors = [denoising_error(session, m.checks, m.target.embed(session, vectors)) for m in materials]
+        return sum(errors) / len(errors)
+
+    return error
+
+
+# ---- the number of vectors ----------------------------------------------------------------------------------------
+
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+TRIAL_STEPS = 20
+
+
+def _start(
+    request: EstimateRequest, session: Session, materials: list[Material], cancel: Cancel
+) -> Iterator[Phase | Note]:
+    """The vectors to start from, and where their number was chosen by trial, the error each number left."""
+    if request.vectors != AUTO_VECTORS:
+        return initial_vectors(request, session), {}
+    most = len(next(iter(initial_vectors(replace(request, vectors="init_text"), session).values())))
+    candidates = [*(count for count in COUNTS if count < most), most]
+    validate, errors = _validator(session, materials), {}
+    trial = replace(plan.DEFAULTS[Part.CROSS_ATTENTION], steps=TRIAL_STEPS)
+    if materials[0].target.composed():
+        trial = replace(plan.DEFAULTS[Part.UNET], steps=TRIAL_STEPS)
+    for number, count in enumerate(candidates):
+        yield Phase("Trying numbers", number, len(candidates))
+        start = initial_vectors(replace(request, vectors=count, start=Start.POOLED), session)
+        objective, _ = _objective(replace(request, use=Use.WHOLE), session, materials, trial)
+        fit = Fit(trial, replace(request, warmup=0), objective, start, validate, cancel)
+        for _ in fit.run():
+            pass
+        errors[count] = fit.best_error
+        if cancel.wanted is not None:
+            raise Interrupted("Interrupted before the learning began. Nothing was saved.")
+        if fit.best_error <= request.tolerance:
+            break
+    good = [count for count, error in errors.items() if error <= request.tolerance]
+    count = good[0] if good else min(errors, key=errors.get)
+    table = ", ".join(f"{n}: {error:.4f}" for n, error in errors.items())
+    yield Note(f"{count} vectors are used. Error by number of vectors, after a short trial: {table}.")
+    return initial_vectors(replace(request, vectors=count, start=Start.POOLED), session), errors
+
+
+# ---- after the run ------------------------------------------------------------------------------------------------
+
+
+def _warnings(
+    request: EstimateRequest, session: Session, material: Material, vectors: Vectors, chosen: Sequence[str]
+) -> Iterator[Note]:
+    """Says before saving in which sentences the embedding would do worse than the prompt without its weights.
+
+    By cross-attention outputs, without the U-Net: it catches what is bad, and sometimes warns of what is not.
+    """
+    if request.use is Use.WHOLE or material.target.single() is None or material.target.plain is None:
+        return
+    check = InSentences(session, material.target, material.queries, LOSSES["MSE"], request.text, ())
+    check.FLOOR = 1e-4
+    drawn = check.prepared([HOLE, *chosen], torch.Generator().manual_seed(request.seed))
+    with torch.no_grad():
+        shares = check.shares(vectors, drawn)[1:].tolist()
+    bad = [sentence for sentence, share in zip(chosen, shares, strict=True) if share > 1]
+    if bad:
+        yield Note(
+            f"In sentences such as {bad[0]!r} the prompt without its weights may come closer than the embedding."
+        )
+
+
+def _measured(
+    session: Session, target: Target, request: EstimateRequest, vectors: Vectors, chosen: Sequence[str]
+) -> Iterator[Phase]:
+    for progress in measure(session, target, request, vectors, chosen):
+        if isinstance(progress, Fidelity):
+            return progress
+        yield Phase(*progress)
+
+
+def _facts(request: EstimateRequest, info: ModelInfo, run: Run, counts: dict[int, float]) -> dict[str, Any]:
+    """What the file remembers of how it was made."""
+    return {
+        "prompt": request.prompt,
+        "negative": request.negative,
+        "settings": request.record(),
+        "stages": run.stages,
+        "seed": request.seed,
+        "sd_checkpoint_name": info.name,
+        "sd_checkpoint": info.hash,
+        "step": len(run.losses),
+        **({"errors_by_vectors": counts} if counts else {}),
+    }
+
+
+def _record(
+    request: EstimateRequest,
+    path: Path,
+    info: ModelInfo,
+    run: Run,
+    counts: dict[int, float],
+    fidelity: Fidelity,
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "name": path.stem,
+        "file": str(path),
+        "format": request.format.value,
+        "prompt": request.prompt,
+        "negative": request.negative,
+        "vectors": len(next(iter(run.best.values()))),
+        "part": request.part.value,
+        "use": request.use.value,
+        "steps_run": len(run.losses),
+        "stages": run.stages,
+        "stopped": run.stopped,
+        "seconds": seconds,
+        "losses": run.losses,
+        **fidelity.figures(),
+        **({"errors_by_vectors": counts} if counts else {}),
+        "seed": request.seed,
+        "model": {"name": info.name, "hash": info.hash},
+        "settings": request.record(),
+    }

@@ -1,0 +1,233 @@
+"""What is made to match: the objectives. Each maps vectors to one scalar loss by the same call.
+
+A loss is divided by the same loss of the empty prompt, so 1 means "as far away as an empty prompt" and 0 a perfect
+match, whatever the model, the distance measure and the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lib_estimate import sentences
+from lib_estimate.embedding_file import Vectors
+from lib_estimate.errors import RequestError
+from lib_estimate.hosts.base import Conditioning, Session
+from lib_estimate.queries import Queries
+from lib_estimate.request import HOLE
+from lib_estimate.target import Bank, Target
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # (prediction [B, ...], target [B, ...]) -> [B], float32
+TINY = 1e-12
+
+
+class Objective(Protocol):
+    """Something to minimise over vectors."""
+
+    def draw(self, generator: torch.Generator, fixed: bool) -> Any:
+        """What the next step learns from; `fixed` gives the same spread-out choice every time."""
+
+    def loss(self, vectors: Vectors, drawn: Any) -> Tensor:
+        """Scalar float32 loss with a gradient to every tensor in `vectors`."""
+
+
+class HiddenState:
+    """Match the text encoder's hidden states at all positions: d(z(E), z*) / d(z(empty), z*).
+
+    The positions after the embedding count too: the U-Net attends to padding as well.
+    """
+
+    def __init__(self, session: Session, target: Target, distance: Distance) -> None:
+        wanted = target.single()
+        if wanted is None:
+            raise RequestError(
+                "The transformer part can't follow a prompt that changes from step to step or is composed with AND. "
+                "Use the unet part, which can."
+            )
+        if wanted.hidden.shape[1] != target.empty.hidden.shape[1]:
+            raise RequestError(
+                f"The prompt is longer than one chunk of {session.info.chunk_length} tokens, and the transformer part "
+                "compares one chunk. Use the unet part, or shorten the prompt."
+            )
+        self.session, self.target, self.wanted, self.distance = session, target, wanted.hidden, distance
+        self.scale = 1 / distance(target.empty.hidden, wanted.hidden).mean().clamp_min(TINY)
+
+    def draw(self, generator: torch.Generator, fixed: bool) -> None:
+        return None
+
+    def loss(self, vectors: Vectors, drawn: None) -> Tensor:
+        hidden = self.target.embed(self.session, vectors).hidden
+        return self.distance(hidden, self.wanted).mean() * self.scale
+
+
+class Denoising:
+    """Match the U-Net's noise prediction: d(eps(x_t, t, E), eps(x_t, t, target)) / d(eps(x_t, t, empty), the same).
+
+    Only the branch that holds the embedding is run: under CFG the other is the same for both, so the difference of the
+    guided predictions is this one times a constant. `checks` is a bank that knows the empty prompt's eps.
+    """
+
+    FIXED_ENTRIES = 24  # of an optimizer that needs the same loss at every call
+
+    def __init__(
+        self, session: Session, target: Target, bank: Bank, checks: Bank, distance: Distance, batch: int
+    ) -> None:
+        self.session, self.target, self.bank, self.distance = session, target, bank, distance
+        self.batch = min(batch, len(bank))
+        self.scale = 1 / distance(checks.empty, checks.target).mean().clamp_min(TINY)
+
+    def draw(self, generator: torch.Generator, fixed: bool) -> Tensor:
+        """One entry from each of `batch` equal stretches of the trajectories, so every step sees all noise levels."""
+        count = min(max(self.batch, self.FIXED_ENTRIES), len(self.bank)) if fixed else self.batch
+        edges = torch.linspace(0, len(self.bank), count + 1)
+        inside = torch.full((count,), 0.5) if fixed else torch.rand(count, generator=generator)
+        return (
+            (edges[:-1] + inside * edges.diff())
+            .long()
+            .clamp(max=len(self.bank) - 1)
+            .to(self.bank.x.device, non_blocking=True)
+        )
+
+    def loss(self, vectors: Vectors, drawn: Tensor) -> Tensor:
+        bank = self.bank
+        conditioning = self.target.embed(self.session, vectors)
+        eps = self.session.predict_noise(bank.x[drawn], bank.timestep[drawn], conditioning)
+        return self.distance(eps, bank.target[drawn]).mean() * self.scale
+
+
+class CrossAttention:
+    """Match the outputs of the U-Net's cross-attention layers, for the queries met under the target:
+
+        mean over layers l of d(A_l(q, z(E)), A_l(q, z*)) / d(A_l(q, z(empty)), A_l(q, z*))
+
+    No U-Net runs: a step costs the text encoder and the layers themselves, over a few queries.
+    """
+
+    def __init__(self, session: Session, target: Target, queries: Queries, distance: Distance) -> None:
+        if target.composed():
+            raise RequestError(
+                "The cross-attention part can't follow prompts composed with AND: each has an attention of its own. "
+                "Use the unet part, which can."
+            )
+        self.session, self.target, self.distance = session, target, distance
+        self.layers = session.cross_attention()
+        self.hidden = [hidden.flatten(0, 1)[None] for hidden in queries.hidden]  # [1, M*Q, C]
+        with torch.no_grad():
+            self.wanted = [self._under_target(layer, hidden, queries) for layer, hidden in self._pairs(queries)]
+            empty = [layer(h, target.empty.hidden) for layer, h in zip(self.layers, self.hidden, strict=True)]
+        far = [distance(e, w).mean().clamp_min(TINY) for e, w in zip(empty, self.wanted, strict=True)]
+        self.scales = [1 / f for f in far]
+
+    def _pairs(self, queries: Queries):
+        return zip(self.layers, queries.hidden, strict=True)
+
+    def _under_target(self, layer, hidden: Tensor, queries: Queries) -> Tensor:
+        """Outputs `[1, M*Q, C]` under each latent's own conditioning. hidden `[M, Q, C]`."""
+        out = []
+        for step in queries.step.unique_consecutive().tolist():
+            at = (queries.step == step).to(hidden.device)
+            (_, conditioning), *_ = self.target.wanted(step)
+            out.append(layer(hidden[at].flatten(0, 1)[None], conditioning.hidden))
+        return torch.cat(out, dim=1)
+
+    def draw(self, generator: torch.Generator, fixed: bool) -> None:
+        return None
+
+    def loss(self, vectors: Vectors, drawn: None) -> Tensor:
+        context = self.target.embed(self.session, vectors).hidden
+        terms = [
+            self.distance(layer(hidden, context), wanted).mean() * scale
+            for layer, hidden, wanted, scale in zip(self.layers, self.hidden, self.wanted, self.scales, strict=True)
+        ]
+        return torch.stack(terms).mean()
+
+
+class InSentences:
+    """Match cross-attention outputs with the embedding alone and inside of random sentences at once.
+
+    Per layer l and sentence s, with the queries of the stand-alone target used for all sentences:
+
+        d(A(z_s(E)), A(z_s*)) / (d(A(z_s(plain)), A(z_s*)) + FLOOR d(A(z(empty)), A(z_s*))),  A(z) = A_l(q, z)
+
+    so 1 means "as far off as without the weights" in every sentence, weak or strong. The stand-alone term counts ALONE
+    times as much as a sentence.
+    """
+
+    FLOOR, ALONE, FRESH, FIXED = 0.001, 6.0, 3, 24
+    QUERIES = 96  # per layer and sentence
+
+    def __init__(
+        self, session: Session, target: Target, queries: Queries, distance: Distance, text: str, avoid: Sequence[str]
+    ) -> None:
+        if target.single() is None:
+            raise RequestError(
+                "A prompt that changes from step to step or has AND can't be learnt for use anywhere. Use --use whole."
+            )
+        self.session, self.target, self.distance, self.text = session, target, distance, text
+        self.layers = session.cross_attention()
+        self.hidden = [hidden.flatten(0, 1) for hidden in queries.hidden]  # [M*Q, C]
+        rows = session.token_vectors(text)
+        self.plain_rows = rows if max(map(len, rows.values())) <= session.info.chunk_length else None
+        self.avoid = set(avoid)
+
+    def draw(self, generator: torch.Generator, fixed: bool) -> list[tuple]:
+        """Sentences with all that doesn't depend on the vectors: one (frame texts, weights, per-layer data)."""
+        seed = 0 if fixed else int(torch.randint(2**31, (1,), generator=generator))
+        rng = Random(seed)
+        count = self.FIXED if fixed else self.FRESH
+        chosen = [HOLE, *sentences.distinct(rng, count, self.avoid, self.session.random_text)]
+        return self.prepared(chosen, torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def prepared(self, chosen: Sequence[str], generator: torch.Generator) -> list[tuple]:
+        """For sentences, the embedding alone first: frames, weights `[S]`, and per layer queries, target and scale."""
+        frames = [s.replace(HOLE, self.session.placeholder) for s in chosen]
+        wanted = self.session.encode([s.replace(HOLE, self.text) for s in chosen]).hidden
+        plain = self._plain(chosen, frames).hidden
+        empty = self.target.empty.hidden.expand(len(chosen), -1, -1)
+        weights = torch.ones(len(chosen), device=wanted.device)
+        weights[0] = self.ALONE
+        data = []
+        for layer, hidden in zip(self.layers, self.hidden, strict=True):
+            at = torch.randperm(len(hidden), generator=generator)[: self.QUERIES].to(hidden.device)
+            q = hidden[at][None].expand(len(chosen), -1, -1)
+            y = layer(q, wanted)
+            off = self.distance(layer(q, plain), y) + self.FLOOR * self.distance(layer(q, empty), y)
+            data.append((q, y, 1 / off.clamp_min(TINY)))
+        return [frames, weights / weights.sum(), data]
+
+    def _plain(self, chosen: Sequence[str], frames: list[str]) -> Conditioning:
+        """The sentences around the prompt without its weights."""
+        if self.plain_rows is None:  # the prompt fills more than one chunk, which an embedding can't
+            return self.session.encode([s.replace(HOLE, self.text) for s in chosen], weighted=False)
+        return self.session.encode(frames, self.plain_rows)
+
+    def loss(self, vectors: Vectors, drawn: list) -> Tensor:
+        return (self.shares(vectors, drawn) * drawn[1]).sum()
+
+    def shares(self, vectors: Vectors, drawn: list) -> Tensor:
+        """Each sentence's own loss `[S]`, mean over the layers."""
+        frames, _, data = drawn
+        context = self.session.encode(frames, vectors).hidden
+        terms = [
+            self.distance(layer(q, context), y) * scale for layer, (q, y, scale) in zip(self.layers, data, strict=True)
+        ]
+        return torch.stack(terms).mean(0)
+
+
+class Together:
+    """The mean of several objectives: one per sentence the embedding is made for."""
+
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        self.objectives = objectives
+
+    def draw(self, generator: torch.Generator, fixed: bool) -> list:
+        return [objective.draw(generator, fixed) for objective in self.objectives]
+
+    def loss(self, vectors: Vectors, drawn: list) -> Tensor:
+        pairs = zip(self.objectives, drawn, strict=True)
+        return torch.stack([objective.loss(vectors, part) for objective, part in pairs]).mean()

@@ -1,0 +1,265 @@
+"""The target: what the model does under the prompt, recorded once, on latents a generation really passes through.
+
+    request + session -> Target (conditionings, per sampling step)
+    Target -> Bank: noisy latents with the eps that the embedding should bring about there
+
+A bank's entry carries its own target eps. So a prompt that changes with the step (editing), is composed (AND) or spans
+several chunks is only another kind of entry: whatever it is made of, the U-Net's answer to it is one eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib_estimate.embedding_file import Vectors
+from lib_estimate.errors import RequestError
+from lib_estimate.hosts.base import (
+    Conditioning,
+    PromptPart,
+    Session,
+    StepConditioning,
+    Trajectory,
+    Watch,
+    compose,
+)
+from lib_estimate.request import HOLE, EstimateRequest
+from lib_estimate.request import Target as Which
+
+# Noise of the parts of the bank never overlaps: each takes its seeds from a region of its own.
+TRAIN, VALIDATION, HELD_OUT, PICTURES = range(4)
+CHUNK = 16  # latents through the U-Net at once where no gradient is kept
+
+PartConditionings = list[tuple[PromptPart, dict[str, Conditioning]]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The conditionings of a generation with the prompt, and what stands for 'nothing' and 'no emphasis'.
+
+    The prompt may stand in a sentence; then the embedding stands there in its place.
+    """
+
+    guidance: tuple[StepConditioning, ...]  # per sampling step
+    plain: tuple[StepConditioning, ...] | None  # the same without weights; None where the prompt has none
+    empty: Conditioning
+    negative: bool  # whether the negative prompt is what becomes the embedding
+    frame: str  # the sentence, with the session's placeholder where the embedding stands
+
+    def embed(self, session: Session, vectors: Vectors) -> Conditioning:
+        """The conditioning of the embedding in its sentence; gradients reach the vectors."""
+        return session.encode([self.frame], vectors)
+
+    def with_embedding(self, embedding: Conditioning) -> tuple[StepConditioning, ...]:
+        """The guidance with the embedding in the place of the text it stands for."""
+        if self.negative:
+            return tuple(StepConditioning(step.positive, embedding) for step in self.guidance)
+        return tuple(StepConditioning(((1.0, embedding),), step.negative) for step in self.guidance)
+
+    def wanted(self, step: int) -> tuple[tuple[float, Conditioning], ...]:
+        """The weighted conditionings in the embedding's place at a sampling step."""
+        given = self.guidance[step]
+        return ((1.0, given.negative),) if self.negative else given.positive
+
+    def composed(self) -> bool:
+        """Whether AND puts several conditionings into the embedding's place."""
+        return any(len(w) != 1 or w[0][0] != 1.0 for w in map(self.wanted, range(len(self.guidance))))
+
+    def single(self) -> Conditioning | None:
+        """The one conditioning that is in force at every step, or None where there are several."""
+        steps = range(len(self.guidance))
+        first = self.wanted(0)[0][1]
+        same = not self.composed() and all(self.wanted(step)[0][1] is first for step in steps)
+        return first if same else None
+
+
+@torch.no_grad()
+def build_target(request: EstimateRequest, session: Session, sentence: str = HOLE) -> Target:
+    """Encodes the prompts of a request, in a sentence, once for every step where they change."""
+    steps, is_negative = request.sampling_steps, request.target is Which.NEGATIVE
+    texts = [request.prompt, request.negative]
+    texts[is_negative] = sentence.replace(HOLE, request.text)
+    positive, negative = session.read(texts[0], steps), session.read(texts[1], steps, negative=True)
+    frame = _frame(session, sentence, is_negative)
+    guidance = _guidance(_encode(session, positive), _encode(session, negative), steps)
+    unweighted = _guidance(
+        _encode(session, positive, weighted=is_negative), _encode(session, negative, weighted=not is_negative), steps
+    )
+    own = session.token_vectors(request.text) if sentence != HOLE and _simple(positive, negative) else {}
+    if own and 0 < max(map(len, own.values())) <= session.info.chunk_length:
+        # Only the prompt's own weights are left out, not the sentence's.
+        plain = session.encode([frame], own)
+        unweighted = Target(guidance, None, plain, is_negative, frame).with_embedding(plain)
+    target = Target(guidance, unweighted, session.encode([""]), is_negative, frame)
+    return target if _differ(target) else Target(guidance, None, target.empty, is_negative, frame)
+
+
+def _simple(*prompts: Sequence[PromptPart]) -> bool:
+    """Whether every prompt is one text at all steps."""
+    return all(len(parts) == 1 and len(parts[0].texts) == 1 for parts in prompts)
+
+
+def _frame(session: Session, sentence: str, negative: bool) -> str:
+    parts = session.read(sentence.replace(HOLE, session.placeholder), 2, negative=negative)
+    if len(parts) != 1 or len(parts[0].texts) != 1:
+        raise RequestError(f"The sentence {sentence!r} changes from step to step or has AND: give a plain one.")
+    return parts[0].texts[0][1]
+
+
+def _differ(target: Target) -> bool:
+    """Whether the prompt's weights change what the U-Net is told."""
+    plain = Target(target.plain or (), None, target.empty, target.negative, target.frame)
+    for step in range(len(target.guidance)):
+        for (_, a), (_, b) in zip(target.wanted(step), plain.wanted(step), strict=True):
+            if a.hidden.shape != b.hidden.shape or not torch.equal(a.hidden, b.hidden):
+                return True
+    return False
+
+
+def _encode(session: Session, parts: Sequence[PromptPart], *, weighted: bool = True) -> PartConditionings:
+    """Each part's texts with their conditionings. The texts of one schedule are encoded together, as a webui does."""
+    out: PartConditionings = []
+    for part in parts:
+        texts = list(dict.fromkeys(text for _, text in part.texts))
+        hidden = session.encode(texts, weighted=weighted, together=True).hidden
+        out.append((part, {text: Conditioning(hidden[i : i + 1]) for i, text in enumerate(texts)}))
+    return out
+
+
+def _guidance(positive: PartConditionings, negative: PartConditionings, steps: int) -> tuple[StepConditioning, ...]:
+    part, conditionings = negative[0]
+    return tuple(
+        StepConditioning(
+            tuple((p.weight, known[p.text_at(step)]) for p, known in positive), conditionings[part.text_at(step)]
+        )
+        for step in range(steps)
+    )
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Noisy latents and what the U-Net should say there.
+
+    x `[M, c, h, w]`, timestep `[M]`, step `[M]` (number of the sampling step), target eps `[M, c, h, w]`. What only
+    measuring needs, else None: the eps of the empty prompt, and of the prompt without weights if it has any.
+    """
+
+    x: Tensor
+    timestep: Tensor
+    step: Tensor
+    target: Tensor
+    empty: Tensor | None
+    plain: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def latent_noise(request: EstimateRequest, session: Session, region: int, count: int) -> Tensor:
+    """Starting noise `[count, c, h, w]`; the same for the same seed and region, on every device."""
+    info = session.info
+    width, height = ((side or info.default_size) // info.latent_scale for side in (request.width, request.height))
+    noise = []
+    for index in range(count):
+        generator = torch.Generator().manual_seed((request.seed * 4 + region) * 1009 + index)
+        noise.append(torch.randn(info.latent_channels, height, width, generator=generator))
+    return torch.stack(noise).to(info.device)
+
+
+def build_bank(
+    session: Session,
+    target: Target,
+    noise: Tensor,
+    cfg_scale: float,
+    *,
+    steps: int | None = None,
+    offset: float = 0.0,
+    references: bool = True,
+    plain: bool = True,
+    watch: Watch | None = None,
+) -> Iterator[int | Bank]:
+    """Samples under the target from noise `[B, c, h, w]` and records what it meets, S x B entries.
+
+    Yields the number of each sampling step done, and last the Bank. With `steps` it takes fewer than the target's.
+    `references` and `plain`: whether to record the eps of the empty prompt and of the prompt without weights.
+    """
+    chosen = _spread(len(target.guidance), steps or len(target.guidance))
+    guidance = [target.guidance[step] for step in chosen]
+    path: Trajectory | None = None
+    for progress in session.sample(
+        noise, guidance, cfg_scale, offset=offset, watch=watch, watch_negative=target.negative
+    ):
+        if isinstance(progress, Trajectory):
+            path = progress
+        else:
+            yield progress
+    assert path is not None
+    seeds = path.x.shape[1]
+    x, timestep = path.x.flatten(0, 1), path.timestep.repeat_interleave(seeds)
+    step = torch.tensor(chosen).repeat_interleave(seeds)
+    own, other = (path.negative, path.positive) if target.negative else (path.positive, path.negative)
+    empty = unweighted = None
+    if references:
+        empty = other.flatten(0, 1) if _other_is_empty(target) else noise_under(session, x, timestep, target.empty)
+    if references and plain and target.plain is not None:
+        unweighted = guided_noise(session, x, timestep, step, target.plain, target.negative)
+    yield Bank(x=x, timestep=timestep, step=step, target=own.flatten(0, 1), empty=empty, plain=unweighted)
+
+
+def _spread(available: int, count: int) -> list[int]:
+    """`count` of `available` steps, evenly from the first on."""
+    return [step * available // count for step in range(count)]
+
+
+def _other_is_empty(target: Target) -> bool:
+    """Whether the prompt on the other side of CFG is empty, so that its eps is the empty prompt's."""
+    others = [[c for _, c in g.positive] if target.negative else [g.negative] for g in target.guidance]
+    return all(
+        len(o) == 1 and o[0].hidden.shape == target.empty.hidden.shape and torch.equal(o[0].hidden, target.empty.hidden)
+        for o in others
+    )
+
+
+@torch.no_grad()
+def noise_under(session: Session, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    """eps `[M, c, h, w]` of latents x `[M, c, h, w]` under one conditioning."""
+    pieces = zip(x.split(CHUNK), timestep.split(CHUNK), strict=True)
+    return torch.cat([session.predict_noise(a, t, conditioning) for a, t in pieces])
+
+
+def guided_noise(
+    session: Session, x: Tensor, timestep: Tensor, step: Tensor, guidance: Sequence[StepConditioning], negative: bool
+) -> Tensor:
+    """eps `[M, c, h, w]` of what stands in the embedding's place, at each latent's own sampling step."""
+    out = torch.empty_like(x)
+    for first, given, last in _runs(guidance, negative):
+        at = ((step >= first) & (step < last)).nonzero()[:, 0].to(x.device)
+        if not len(at):
+            continue
+        under = noise_under(session, x[at], timestep[at], given.negative) if negative or _composed(given) else x[at]
+        if negative:
+            out[at] = under
+        else:
+            out[at] = compose([(w, noise_under(session, x[at], timestep[at], c)) for w, c in given.positive], under)
+    return out
+
+
+def _composed(given: StepConditioning) -> bool:
+    return len(given.positive) != 1 or given.positive[0][0] != 1.0
+
+
+def _runs(guidance: Sequence[StepConditioning], negative: bool) -> Iterator[tuple[int, StepConditioning, int]]:
+    """(first step, conditioning, step after the last) of stretches where what counts doesn't change."""
+
+    def key(given: StepConditioning) -> tuple[int, ...]:
+        positive = () if negative else tuple(id(c) for _, c in given.positive)
+        return (*positive, id(given.negative) if negative or _composed(given) else 0)
+
+    first = 0
+    for step in range(1, len(guidance) + 1):
+        if step == len(guidance) or key(guidance[step]) != key(guidance[first]):
+            yield first, guidance[first], step
+            first = step

@@ -1,0 +1,59 @@
+"""Fixtures: the small trained model, loaded once, and requests short enough for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib_estimate.hosts.standalone import StandaloneHost, StandaloneSession
+from lib_estimate.job import Material
+from lib_estimate.queries import Recorder
+from lib_estimate.request import HOLE, EstimateRequest, ModelOptions, Part, Use
+from lib_estimate.target import TRAIN, build_bank, build_target, latent_noise
+
+SHAPES_SD = Path(__file__).parent / "shapes_sd" / "shapes_sd.safetensors"
+VOCABULARY = Path(__file__).parent / "shapes_sd" / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def host() -> StandaloneHost:
+    return StandaloneHost(ModelOptions(model=str(SHAPES_SD), device="cpu"))
+
+
+@pytest.fixture()
+def session(host: StandaloneHost):
+    with host.session() as session:
+        yield session
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> EstimateRequest:
+    """A request that runs in a second or two and still learns something, with the unet part unless changed."""
+    return EstimateRequest(
+        prompt="a (red:1.6) circle",
+        name="short",
+        part=Part.UNET,
+        use=Use.WHOLE,
+        out=str(tmp_path),
+        steps=12,
+        trajectories=1,
+        sampling_steps=8,
+        images=0,
+        sentence=("a photo of {}",),
+    )
+
+
+def record(session: StandaloneSession, request: EstimateRequest, sentence: str = HOLE) -> Material:
+    """What a request learns from, in a sentence; its bank has the references of a report as well."""
+    target = build_target(request, session, sentence)
+    recorder = Recorder(request.queries, request.sampling_steps, 2**30, request.seed)
+    noise = latent_noise(request, session, TRAIN, request.trajectories)
+    *_, bank = build_bank(session, target, noise, request.cfg_scale, watch=recorder.see)
+    return Material(target, bank, bank, recorder.queries())
+
+
+def all_parameters(host: StandaloneHost) -> list[torch.Tensor]:
+    networks = (host.parts.text_encoder, host.parts.unet, host.parts.vae)
+    return [p.detach().clone() for network in networks for p in network.parameters()]

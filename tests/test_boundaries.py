@@ -1,0 +1,73 @@
+"""The layout's one rule: a file imports only files above it, and only the hosts know their libraries."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lib_estimate"
+ORDER = (
+    "errors", "choices", "request", "prompt_syntax", "embedding_file", "hosts.base", "hosts.checkpoint",
+    "hosts.standalone", "hosts", "sentences", "registry", "target", "queries", "initial", "objectives", "plan", "fit",
+    "fidelity", "job", "plots",
+    "cli", "__main__",
+)  # fmt: skip
+WITHOUT_TORCH = ("errors", "choices", "request", "prompt_syntax")
+ONLY_IN = {
+    "modules": ("hosts.webui", "hosts.forge"),
+    "backend": ("hosts.forge",),
+    "diffusers": ("hosts.checkpoint", "hosts.standalone"),
+    "gradio": ("ui",),
+    "matplotlib": ("plots",),
+}
+
+
+def files() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    found.pop("__init__", None)
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, wherever in it the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_imports(path: Path) -> set[str]:
+    known = set(files())
+    found = {name.removeprefix("lib_estimate.") for name in imports(path) if name.startswith("lib_estimate.")}
+    return {
+        name for name in found if name in known and not any(other.startswith(name + ".") for other in found & known)
+    }
+
+
+def test_every_file_has_a_place() -> None:
+    assert set(files()) == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_what_stands_above_it(name: str) -> None:
+    above = set(ORDER[: ORDER.index(name)])
+    assert own_imports(files()[name]) <= above
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_some_files_need_no_torch(name: str) -> None:
+    assert not {i for i in imports(files()[name]) if i.split(".")[0] == "torch"}
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_libraries_stay_in_their_file(library: str) -> None:
+    users = {name for name, path in files().items() if any(i.split(".")[0] == library for i in imports(path))}
+    assert users <= set(ONLY_IN[library])

@@ -1,0 +1,263 @@
+"""Whole estimates on the small trained model: the figures, the file, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lib_estimate import embedding_file, job
+from lib_estimate.errors import EstimateError, RequestError
+from lib_estimate.fidelity import recovered_share
+from lib_estimate.fit import Cancel, StepReport
+from lib_estimate.request import EstimateRequest, Part, Start, Target, Use
+from tests.conftest import all_parameters
+
+
+def run(request: EstimateRequest, host, cancel: Cancel | None = None) -> job.Outcome:
+    *_, outcome = job.estimate(request, host, cancel)
+    return outcome
+
+
+def files(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def tokens_of(prompt: str) -> int:
+    return len(prompt.replace("(", "").replace(")", "").split())
+
+
+CARRIED = ["(red:1.6) circle", "a (green:1.5) square", "a large (blue:1.5) star on a white background"]
+
+
+@pytest.mark.parametrize("part", [Part.AUTO, Part.UNET, Part.CROSS_ATTENTION])
+@pytest.mark.parametrize("prompt", CARRIED)
+def test_emphasis_is_carried(prompt, part, host, tmp_path) -> None:
+    steps = 120 if part is Part.UNET else 0
+    request = EstimateRequest(
+        prompt=prompt,
+        name="carried",
+        out=str(tmp_path),
+        part=part,
+        use=Use.WHOLE,
+        vectors=tokens_of(prompt) + 2,
+        steps=steps,
+        trajectories=2 if part is Part.UNET else 0,
+        images=2,
+        sentence=("a photo of {}",),
+    )
+    figures = run(request, host).fidelity
+    assert figures.error < 0.5 * figures.unweighted_error
+    assert figures.recovered == pytest.approx(1 - figures.error / figures.unweighted_error)
+    assert figures.pixel_difference < figures.unweighted_pixel_difference
+    assert set(figures.pictures) == {"prompt", "embedding", "unweighted"}
+    assert len(figures.pictures["prompt"]) == 2
+
+
+def test_for_use_anywhere_no_sentence_is_spoiled(host, tmp_path) -> None:
+    request = EstimateRequest(prompt="(red:1.6) circle", name="any", out=str(tmp_path), images=0)
+    outcome = run(request, host)
+    assert outcome.record["vectors"] == 2
+    assert outcome.record["use"] == "anywhere"
+    assert outcome.fidelity.error < outcome.fidelity.unweighted_error
+    assert outcome.record["sentence_error"]["median"] < 1
+    assert len(outcome.fidelity.sentences) == 6
+
+
+def test_for_one_sentence_it_is_best_there(host, short) -> None:
+    sentence = "a photo of a {} on the left"
+    request = dataclasses.replace(
+        short, prompt="(red:1.6) circle", part=Part.AUTO, use=Use.SENTENCE, sentence=(sentence,), steps=40
+    )
+    outcome = run(request, host)
+    assert outcome.record["fitted_sentence_error"]["median"] < 0.8
+    assert [s.sentence for s in outcome.fidelity.sentences if s.fitted] == [sentence]
+    assert outcome.record["sentence_error"] is not None
+
+
+def test_two_sentences_at_once(host, short) -> None:
+    both = ("a {} on the left", "a small {}")
+    request = dataclasses.replace(
+        short, prompt="(red:1.6) circle", part=Part.CROSS_ATTENTION, use=Use.SENTENCE, sentence=both, steps=20
+    )
+    outcome = run(request, host)
+    assert sum(s.fitted for s in outcome.fidelity.sentences) == 2
+    assert outcome.record["fitted_sentence_error"]["worst"] < 1
+
+
+def test_auto_says_what_it_picked(host, short) -> None:
+    outcome = run(dataclasses.replace(short, part=Part.AUTO, steps=5), host)
+    assert [s["part"] for s in outcome.record["stages"]] == ["cross-attention", "unet"]
+    assert outcome.record["stages"][0]["optimizer"] == "LBFGS"
+    assert outcome.record["stages"][0]["steps_run"] == 5
+    assert sum(s["steps_run"] for s in outcome.record["stages"]) == outcome.record["steps_run"]
+
+
+@pytest.mark.parametrize(("tolerance", "most"), [(1.0, 1), (0.05, 5)])
+def test_vectors_auto_takes_as_few_as_will_do(tolerance, most, host, short) -> None:
+    request = dataclasses.replace(
+        short, prompt="a large red circle on the left", part=Part.AUTO, vectors="auto", tolerance=tolerance, steps=3
+    )
+    outcome = run(request, host)
+    table = outcome.record["errors_by_vectors"]
+    assert outcome.record["vectors"] == list(table)[-1] <= most
+    assert all(error > tolerance for error in list(table.values())[:-1])
+    assert table[outcome.record["vectors"]] <= tolerance
+
+
+def test_a_sentence_it_would_spoil_is_warned_about(host, short) -> None:
+    """A random embedding is worse than the prompt without weights in any sentence."""
+    request = dataclasses.replace(short, part=Part.CROSS_ATTENTION, use=Use.ANYWHERE, start=Start.RANDOM, steps=1)
+    notes = [p.text for p in job.estimate(request, host) if isinstance(p, job.Note)]
+    assert any("a photo of {}" in note for note in notes)
+
+
+def test_the_transformer_part_does_not_carry_it(host, short) -> None:
+    change = {"part": Part.TRANSFORMER, "steps": 60, "prompt": "(red:1.6) circle", "vectors": 4}
+    outcome = run(dataclasses.replace(short, **change), host)
+    assert outcome.fidelity.recovered < 0.5
+    assert outcome.record["part"] == "transformer"
+
+
+def test_a_prompt_without_weights_is_matched_by_its_own_tokens(host, short) -> None:
+    outcome = run(dataclasses.replace(short, prompt="a red circle", steps=2), host)
+    assert outcome.fidelity.error < 1e-4
+    assert outcome.fidelity.unweighted_error is None
+    assert outcome.fidelity.recovered is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a [red:(blue:1.5):0.5] circle"},
+        {"prompt": "a (red:1.5) circle AND a blue square :0.5"},
+        {"prompt": "a (red:1.5) circle BREAK on a white background"},
+        {"target": Target.NEGATIVE, "negative": "(red:1.4), small"},
+    ],
+    ids=["editing", "AND", "BREAK", "negative"],
+)
+def test_every_kind_of_prompt_can_be_learnt(change, host, short) -> None:
+    request = dataclasses.replace(short, steps=40, init="a blue circle", **change)
+    losses = run(request, host).losses
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_the_saved_file_holds_the_best_vectors_and_how_they_came(host, short) -> None:
+    outcome = run(short, host)
+    read = embedding_file.load(outcome.path)
+    assert torch.equal(read.vectors["clip_l"], outcome.embedding.vectors["clip_l"].cpu())
+    assert read.metadata["prompt"] == short.prompt
+    assert read.metadata["settings"] == short.record()
+    assert read.metadata["error"] == pytest.approx(outcome.fidelity.error)
+    assert read.metadata["sd_checkpoint_name"] == host.parts.name
+    assert read.metadata["sd_checkpoint"] == host.parts.hash
+
+
+def test_measuring_the_file_gives_the_figures_of_the_run(host, short) -> None:
+    outcome = run(short, host)
+    *_, fidelity = job.measured(embedding_file.load(outcome.path), short, host)
+    assert fidelity.error == pytest.approx(outcome.fidelity.error, rel=1e-3)
+
+
+def test_a_seed_repeats_a_run_bit_for_bit(host, short) -> None:
+    first = run(short, host)
+    again = run(dataclasses.replace(short, overwrite=True), host)
+    other = run(dataclasses.replace(short, overwrite=True, seed=5), host)
+    assert first.losses == again.losses
+    assert torch.equal(first.embedding.vectors["clip_l"], again.embedding.vectors["clip_l"])
+    assert first.losses != other.losses
+
+
+def test_the_model_is_as_it_was_before(host, short) -> None:
+    before = all_parameters(host)
+    flags = [p.requires_grad for p in host.parts.unet.parameters()]
+    run(short, host)
+    assert all(torch.equal(a, b) for a, b in zip(before, all_parameters(host), strict=True))
+    assert [p.requires_grad for p in host.parts.unet.parameters()] == flags
+
+
+def test_the_model_is_given_back_after_an_error(host, short, monkeypatch) -> None:
+    flags = [p.requires_grad for p in host.parts.unet.parameters()]
+    text = getattr(host.parts.text_encoder, "text_model", host.parts.text_encoder)
+
+    def breaks(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(job, "initial_vectors", breaks)
+    with pytest.raises(RuntimeError):
+        run(short, host)
+    assert [p.requires_grad for p in host.parts.unet.parameters()] == flags
+    assert not text.embeddings.token_embedding._forward_hooks
+
+
+def test_an_interrupted_run_saves_its_best(host, short) -> None:
+    cancel = Cancel()
+    for progress in job.estimate(dataclasses.replace(short, steps=500), host, cancel):
+        if isinstance(progress, StepReport) and progress.step == 5:
+            cancel.save()
+    assert progress.path.exists()
+    assert progress.record["steps_run"] == 5
+    assert progress.record["stopped"] == "interrupted"
+
+
+def test_a_discarded_run_saves_nothing(host, short, tmp_path) -> None:
+    cancel = Cancel()
+    run = job.estimate(short, host, cancel)
+    next(progress for progress in run if isinstance(progress, StepReport))
+    cancel.discard()
+    with pytest.raises(job.Interrupted, match="Nothing was saved"):
+        list(run)
+    assert files(tmp_path) == []
+
+
+def test_learning_is_not_lost_when_the_report_fails(host, short, tmp_path, monkeypatch) -> None:
+    def breaks(*_):
+        raise RuntimeError("out of memory")
+        yield
+
+    monkeypatch.setattr(job, "measure", breaks)
+    with pytest.raises(RuntimeError):
+        run(short, host)
+    assert files(tmp_path) == ["short.pt"]
+
+
+def test_an_existing_file_is_refused_before_anything_starts(short, tmp_path) -> None:
+    path = tmp_path / "short.pt"
+    path.write_bytes(b"mine")
+    with pytest.raises(EstimateError, match="exists already"):
+        next(job.estimate(short, host=None))
+    assert path.read_bytes() == b"mine"
+
+
+def test_overwriting_replaces_that_file_and_no_other(host, short, tmp_path) -> None:
+    (tmp_path / "short.pt").write_bytes(b"mine")
+    (tmp_path / "shorter.pt").write_bytes(b"other")
+    run(dataclasses.replace(short, overwrite=True), host)
+    assert (tmp_path / "shorter.pt").read_bytes() == b"other"
+    assert embedding_file.load(tmp_path / "short.pt").metadata["prompt"] == short.prompt
+
+
+@pytest.mark.parametrize("prompt", ["()", "( , )x"[:2]])
+def test_a_prompt_that_does_nothing_is_refused(prompt, host, short, tmp_path) -> None:
+    with pytest.raises(RequestError):
+        run(dataclasses.replace(short, prompt=prompt, init="red"), host)
+    assert files(tmp_path) == []
+
+
+def test_a_common_word_as_name_is_warned_about(host, short) -> None:
+    progress = job.estimate(dataclasses.replace(short, name="cat", steps=1), host)
+    assert any(isinstance(p, job.Note) and '"cat"' in p.text for p in progress)
+
+
+def test_the_vectors_of_another_model_are_refused(host, short) -> None:
+    other = embedding_file.Embedding("other", {"clip_l": torch.zeros(2, 5)}, {})
+    with pytest.raises(EstimateError, match="width 5"):
+        list(job.measured(other, short, host))
+
+
+@pytest.mark.parametrize(
+    ("error", "plain", "share"), [(0.1, 0.4, 0.75), (0.4, 0.4, 0.0), (0.1, None, None), (0.1, 0.0, None)]
+)
+def test_recovered_share(error, plain, share) -> None:
+    assert recovered_share(error, plain) == share
