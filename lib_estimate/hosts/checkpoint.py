@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -73,10 +74,14 @@ def load(path: Path, dtype: torch.dtype) -> Components:
     """Loads a checkpoint; ModelError says what is wrong with it or why it can't be used."""
     if not path.exists():
         raise ModelError(f"There is no model at {path}. Give a diffusers folder or a .safetensors / .ckpt file.")
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # it warns of number formats that are as they should be
     try:
         return _load_folder(path, dtype) if path.is_dir() else _load_single(path, dtype)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model at {path} could not be loaded: {error}") from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
 
 
 # ---- diffusers folder ---------------------------------------------------------------------------------------------
@@ -128,6 +133,7 @@ def _load_single(path: Path, dtype: torch.dtype) -> Components:
     vae = AutoencoderKL.from_single_file(
         _part(weights, LDM_VAE, path), original_config=original, torch_dtype=dtype, local_files_only=True
     )
+    unet.register_to_config(sample_size=layout["image_size"])  # diffusers writes Stable Diffusion's own
     folder = _text_folder(path, layout)
     return _checked(
         Components(

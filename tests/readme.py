@@ -1,0 +1,98 @@
+"""The parameter tables of README.md and README_ja.md, made from the request's own fields.
+
+python -m tests.readme        # writes both tables anew
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from lib_estimate import cli
+from lib_estimate.request import EstimateRequest, ModelOptions
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- parameters: written by python -m tests.readme -->", "<!-- end of parameters -->"
+HEADINGS = {
+    "README.md": "| Flag | Default | Range or choices | What it does |",
+    "README_ja.md": "| フラグ | 既定値 | 範囲・選択肢 | 説明 |",
+}
+JAPANESE = {
+    "model": "diffusers フォルダ、または Stable Diffusion 1 系の .safetensors / .ckpt ファイル",
+    "device": "計算する場所: auto, cpu, cuda, cuda:1, mps",
+    "dtype": "モデルの重みの数値形式。auto は GPU で float16、CPU で float32",
+    "emphasis": "(word:1.4) の適用方法。webui の設定と同じ",
+    "clip_skip": "テキストエンコーダーのどの層を読むか (最後から数える)",
+    "prompt": "推定するプロンプト。強調を含めて書く: a (red:1.6) circle",
+    "name": "埋め込みの名前。プロンプトで使う単語であり、ファイル名でもある",
+    "negative": "ネガティブプロンプト",
+    "target": "二つのうちどちらを埋め込みにするか",
+    "part": "何を一致させるか。auto: 最も良い方法を自動で選ぶ。cross-attention: U-Net の cross-attention 層でテキストがもたらす出力。速い。unet: 予測されるノイズ。遅いが正確。transformer: テキストエンコーダーの隠れ状態だけ。速いが強調は運べない",
+    "use": "単語をどこで使うか。anywhere: いろいろなプロンプトの中で。whole: プロンプト全体、またはネガティブプロンプト全体として。sentence: 指定した文の中で",
+    "sentence": "--use sentence のとき: 単語の位置を {} で示した文。例: a photo of {}, by night。複数回指定できる",
+    "vectors": "ベクトル数。init_text: 初期テキストのトークン数と同じ。auto: 誤差が tolerance 以下に収まる最小の数",
+    "tolerance": "vectors が auto のときに許す誤差",
+    "init": "ベクトルの出発点となるテキスト。埋め込みの名前を含んでもよい。空欄: プロンプトそのもの",
+    "start": "初期値の作り方。text: トークンごとに使い、多ければ切り捨て、足りなければ 0 で埋める。pooled: テキストをベクトル数に区切り、各区間の平均を使う。random: 実際のトークンと同じ大きさのノイズ",
+    "steps": "学習ステップの上限。誤差が下がらなくなれば早く終わる。0: part による",
+    "learning_rate": "学習率。0.005:100, 1e-3:1000, 1e-5 (そのステップまでの率) のようにも書ける。空欄: part と optimizer による",
+    "schedule": "学習率がその後どう変わるか。auto: part による",
+    "warmup": "学習率を 0 から上げるステップ数",
+    "optimizer": "オプティマイザー。auto: part による",
+    "loss": "学習中に目標との距離を測る方法",
+    "batch": "unet の学習 1 ステップあたりのノイズ付き latent の数",
+    "queries": "cross-attention が latent ごとに見る位置の数",
+    "memory": "そのために使ってよいメモリー (GB)",
+    "clip_gradient": "勾配ノルムの上限。0: 制限なし",
+    "ema": "ベクトルの移動平均で古い値が占める割合 (例 0.95)。0: 使わない",
+    "patience": "誤差が小さくならない測定がこの回数続いたら学習を止める。0: 止めない",
+    "seed": "すべてのノイズのシード。同じシードで同じ結果になる",
+    "sampling_steps": "学習に使う生成のサンプリングステップ数",
+    "cfg_scale": "その生成の CFG スケール",
+    "width": "その生成の幅 (ピクセル)。0: モデル本来の大きさ",
+    "height": "その生成の高さ (ピクセル)。0: モデル本来の大きさ",
+    "trajectories": "いくつの生成から学習するか。それぞれ別のノイズから始まる。0: part による",
+    "images": "比較のためにプロンプトと埋め込みのそれぞれで作る画像の数。0: 作らない",
+    "out": "埋め込みを保存するフォルダ",
+    "format": "ファイル形式",
+    "overwrite": "同じ名前の埋め込みファイルを置き換える",
+}
+
+
+def table(readme: str) -> str:
+    rows = [HEADINGS[readme], "|---|---|---|---|"]
+    for source in (ModelOptions, EstimateRequest):
+        for item in dataclasses.fields(source):
+            flag = (
+                "PROMPT"
+                if item.name == "prompt"
+                else cli.SHORT_FLAGS.get(item.name, "--" + item.name.replace("_", "-"))
+            )
+            default = getattr(item.default, "value", item.default)
+            help = item.metadata["help"] if readme == "README.md" else JAPANESE[item.name]
+            shown = "" if default is False or default in ("", ()) else f"`{default}`"
+            rows.append(f"| `{flag}` | {shown} | {_range(item)} | {help} |")
+    return "\n".join(rows)
+
+
+def _range(item: dataclasses.Field) -> str:
+    low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
+    numbers = [] if low is None else [f"{low:g} to {high:g}" if isinstance(item.default, float) else f"{low} to {high}"]
+    return ", ".join([f"`{choice}`" for choice in choices or ()] + numbers)
+
+
+def with_table(text: str, readme: str) -> str:
+    """The README's text with its table made anew."""
+    pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
+    return pattern.sub(lambda _: f"{START}\n{table(readme)}\n{END}", text)
+
+
+def main() -> None:
+    for readme in HEADINGS:
+        path = ROOT / readme
+        path.write_text(with_table(path.read_text(encoding="utf-8"), readme), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
