@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib_estimate.errors import EstimateError, PromptSyntaxError
-from lib_estimate.request import EstimateRequest, ModelOptions
+from lib_estimate.request import EstimateRequest, ModelOptions, Use
 
 log = logging.getLogger(__name__)
 
@@ -316,7 +316,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     if not DEMO_MODEL.exists():
         raise ModelError(f"The demo's model is not at {DEMO_MODEL}: run the demo from a checkout of the project.")
-    request = EstimateRequest(prompt=DEMO_PROMPT, name="demo-circle", out=str(args.out), overwrite=True, vectors=8)
+    request = EstimateRequest(prompt=DEMO_PROMPT, name="demo-circle", out=str(args.out), overwrite=True, use=Use.WHOLE)
     errors: list[tuple[int, float]] = []
     sys.stderr.write(f"Estimating {DEMO_PROMPT!r} on the small model; this takes about a minute.\n")
     outcome = _run(request, ModelOptions(model=str(DEMO_MODEL)), errors)
