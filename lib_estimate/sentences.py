@@ -75,8 +75,3 @@ def distinct(rng: Random, count: int, avoid: Sequence[str], random_tokens: Calla
         if sentence != HOLE and sentence not in avoid:
             found[sentence] = None
     return list(found)
-
-
-def filled(sentence: str, text: str) -> str:
-    """The sentence with a text in its hole."""
-    return sentence.replace(HOLE, text)
