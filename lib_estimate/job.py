@@ -118,13 +118,21 @@ def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iter
 
 
 def check_destination(request: EstimateRequest) -> Path:
-    """Where the file will be. Refuses bad requests and an existing file before anything starts."""
+    """Where the file will be. Refuses bad requests and a name that is taken before anything starts.
+
+    A name is taken by a file of any format, in the folder or below it. Overwriting replaces that very file.
+    """
     request.validate()
-    name = embedding_file.check_name(request.name)
-    path = embedding_file.embedding_path(Path(request.out), name, request.format.value)
-    if path.exists() and not request.overwrite:
-        raise EstimateError(f"{path} exists already. Choose another name, or allow overwriting (--overwrite).")
-    return path
+    folder, name = Path(request.out), embedding_file.check_name(request.name)
+    path = embedding_file.embedding_path(folder / request.subfolder, name, request.format.value)
+    existing = path if path.exists() else embedding_file.find_existing(folder, name)
+    if existing is None:
+        return path
+    if not request.overwrite:
+        raise EstimateError(f"{existing} exists already. Choose another name, or allow overwriting (--overwrite).")
+    if existing.suffix.lower().lstrip(".") not in embedding_file.FORMATS:
+        raise EstimateError(f"{existing} has this name, and can't be overwritten: it is no .pt or .safetensors file.")
+    return existing
 
 
 def _notes(request: EstimateRequest, session: Session) -> Iterator[Note]:
@@ -360,7 +368,7 @@ def _record(
     return {
         "name": path.stem,
         "file": str(path),
-        "format": request.format.value,
+        "format": path.suffix.lower().lstrip("."),
         "prompt": request.prompt,
         "negative": request.negative,
         "vectors": len(next(iter(run.best.values()))),

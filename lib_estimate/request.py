@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from lib_estimate.choices import LOSSES, OPTIMIZERS, SCHEDULES
@@ -144,7 +145,8 @@ class EstimateRequest:
         0, "how many generations are learnt from, each from its own noise. 0: by part", low=0, high=64
     )
     images: int = _field(4, "pictures made of the prompt and the embedding each, to compare; 0: none", low=0, high=64)
-    out: str = _field("embeddings", "folder the embedding is saved in")
+    out: str = _field("embeddings", "folder of the embeddings")
+    subfolder: str = _field("", "folder inside it for new files. Blank: none")
     format: Format = _field(Format.PT, "file format")
     overwrite: bool = _field(False, "replace an embedding file of that name")
 
@@ -159,6 +161,8 @@ class EstimateRequest:
                 f"The {which} is empty: there is nothing to estimate. Type the text that should become one word."
             )
         self._check_sentences()
+        if Path(self.subfolder).is_absolute() or ".." in Path(self.subfolder).parts:
+            raise RequestError(f"subfolder is {self.subfolder!r}: it must be a folder inside the embeddings folder.")
         for side in ("width", "height"):
             if getattr(self, side) % 8:
                 raise RequestError(f"{side} is {getattr(self, side)}: it must be a multiple of 8 pixels.")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lib_estimate.errors import RequestError
+from lib_estimate.hosts import denoising
 from lib_estimate.hosts.base import Conditioning
 from lib_estimate.initial import initial_vectors
 from lib_estimate.objectives import CrossAttention, Denoising, HiddenState, InSentences, Together
@@ -137,7 +138,7 @@ def test_sentences_are_fresh_at_every_step_and_never_those_to_avoid(session, sho
 def test_cross_attention_is_the_unets_own(session, short) -> None:
     """The layers called with what entered them give what they gave while sampling."""
     seen, gave = {}, {}
-    modules = session._attention_modules()
+    modules = denoising.attention_modules(session.parts.unet)
     handles = [m.register_forward_hook(lambda _, a, out, i=i: gave.setdefault(i, out)) for i, m in enumerate(modules)]
     target = record(session, dataclasses.replace(short, sampling_steps=2)).target
     for handle in handles:
@@ -145,7 +146,8 @@ def test_cross_attention_is_the_unets_own(session, short) -> None:
     gave.clear()
     handles = [m.register_forward_hook(lambda _, a, out, i=i: gave.update({i: out})) for i, m in enumerate(modules)]
     noise = torch.randn(1, session.info.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
-    with session._watching(lambda step, layer, hidden: seen.update({layer: hidden}), 0), torch.no_grad():
+    watch = denoising.watching(session.parts.unet, lambda step, layer, hidden: seen.update({layer: hidden}), 0)
+    with watch, torch.no_grad():
         session.predict_noise(noise, torch.tensor([500]), target.single())
     for handle in handles:
         handle.remove()

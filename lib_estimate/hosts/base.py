@@ -48,8 +48,12 @@ class PromptPart:
     texts: tuple[tuple[int, str], ...]
 
     def text_at(self, step: int) -> str:
-        """The text in force at sampling step `step`, counted from 0."""
-        return next((text for until, text in self.texts if step < until), self.texts[-1][1])
+        """The text in force at sampling step `step`, counted from 0.
+
+        A text holds up to and with the step of its number: a webui counts its steps from 0 here, too, and so changes
+        one step later than the number says.
+        """
+        return next((text for until, text in self.texts if step <= until), self.texts[-1][1])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The host without a webui: a Stable Diffusion 1 checkpoint loaded through diffusers and transformers.
 
 Leans on: the forward hook of the text encoder's `token_embedding`, `hidden_states` and `final_layer_norm` of
-transformers' CLIP text model (4.30 to 5), diffusers' `UNet2DConditionModel`, `AutoencoderKL` and `DDIMScheduler`.
+transformers' CLIP text model (4.30 to 5), diffusers' `UNet2DConditionModel` and `AutoencoderKL`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from random import Random
 from typing import NamedTuple
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from lib_estimate import embedding_file
 from lib_estimate import prompt_syntax as syntax
 from lib_estimate.embedding_file import Vectors
 from lib_estimate.errors import EstimateError, ModelError
-from lib_estimate.hosts import checkpoint
+from lib_estimate.hosts import checkpoint, denoising
 from lib_estimate.hosts.base import (
     Conditioning,
     CrossAttentionLayer,
@@ -31,7 +30,6 @@ from lib_estimate.hosts.base import (
     Token,
     Trajectory,
     Watch,
-    compose,
 )
 from lib_estimate.request import ModelOptions
 
@@ -114,6 +112,7 @@ class StandaloneSession:
         text = getattr(parts.text_encoder, "text_model", parts.text_encoder)
         self._table: nn.Embedding = text.embeddings.token_embedding
         self._final_norm: nn.LayerNorm = text.final_layer_norm
+        self._alphas_cumprod = parts.alphas_cumprod.to(host.device, torch.float32)
         self._batches: dict[tuple, list[ChunkBatch]] = {}
         self._spliced: list[list[tuple[int, Tensor]]] = []
         self._hook = self._table.register_forward_hook(self._splice)
@@ -272,11 +271,8 @@ class StandaloneSession:
         out = self.parts.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), return_dict=False)[0].float()
         if self.parts.prediction == "epsilon":
             return out
-        # eps = sqrt(abar) v + sqrt(1 - abar) x, Salimans and Ho 2022
-        abar = self.parts.alphas_cumprod.to(self.device)[timestep.long()].float()[:, None, None, None]
-        return abar.sqrt() * out + (1 - abar).sqrt() * x.float()
+        return denoising.noise_of_velocity(out, x.float(), self._alphas_cumprod[timestep.long()].float())
 
-    @torch.no_grad()
     def sample(
         self,
         noise: Tensor,
@@ -287,66 +283,18 @@ class StandaloneSession:
         watch: Watch | None = None,
         watch_negative: bool = False,
     ) -> Iterator[int | Trajectory]:
-        scheduler = self._scheduler(len(guidance), offset)
-        x, points, positives, negatives = noise.to(self.device).float(), [], [], []
-        for step, (t, given) in enumerate(zip(scheduler.timesteps, guidance, strict=True)):
-            timestep = t.to(self.device).expand(len(x))
-            with self._watching(watch if watch_negative else None, step):
-                negative = self.predict_noise(x, timestep, given.negative)
-            with self._watching(None if watch_negative else watch, step):
-                first = self.predict_noise(x, timestep, given.positive[0][1])
-            others = [(w, self.predict_noise(x, timestep, c)) for w, c in given.positive[1:]]
-            positive = compose([(given.positive[0][0], first), *others], negative)
-            points.append(x), positives.append(positive), negatives.append(negative)
-            x = scheduler.step(negative + cfg_scale * (positive - negative), t, x).prev_sample
-            yield step + 1
-        yield Trajectory(
-            x=torch.stack(points),
-            timestep=scheduler.timesteps.to(self.device),
-            positive=torch.stack(positives),
-            negative=torch.stack(negatives),
-            final=x,
-        )
+        unet = self.parts.unet
+        return denoising.sample(
+            self.predict_noise, self._alphas_cumprod, noise.to(self.device).float(), guidance, cfg_scale, offset=offset,
+            watch_positive=lambda step: denoising.watching(unet, None if watch_negative else watch, step),
+            watch_negative=lambda step: denoising.watching(unet, watch if watch_negative else None, step),
+        )  # fmt: skip
 
     def cross_attention(self) -> list[CrossAttentionLayer]:
         def call(module: nn.Module) -> CrossAttentionLayer:
             return lambda hidden, context: module(hidden, encoder_hidden_states=context.to(self.dtype)).float()
 
-        return [call(module) for module in self._attention_modules()]
-
-    def _attention_modules(self) -> list[nn.Module]:
-        """`attn2` of every transformer block; the modules are in the order of down, up, middle, which is kept."""
-        blocks = (getattr(module, "attn2", None) for module in self.parts.unet.modules())
-        return [attention for attention in blocks if attention is not None]
-
-    @contextmanager
-    def _watching(self, watch: Watch | None, step: int) -> Iterator[None]:
-        """Lets `watch` see what enters the cross-attention layers."""
-        if watch is None:
-            yield
-            return
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, layer=layer: watch(step, layer, args[0]))
-            for layer, module in enumerate(self._attention_modules())
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _scheduler(self, steps: int, offset: float) -> DDIMScheduler:
-        scheduler = DDIMScheduler(
-            num_train_timesteps=len(self.parts.alphas_cumprod),
-            trained_betas=_betas(self.parts.alphas_cumprod),
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        )
-        scheduler.set_timesteps(steps)
-        apart = len(self.parts.alphas_cumprod) // steps
-        scheduler.timesteps = (scheduler.timesteps - round(offset * apart)).clamp(min=0)
-        return scheduler
+        return [call(module) for module in denoising.attention_modules(self.parts.unet)]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -355,11 +303,6 @@ class StandaloneSession:
             vae.decode(z[None].to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0] for z in latents
         ]
         return (torch.cat(pictures).float().cpu() / 2 + 0.5).clamp(0, 1)
-
-
-def _betas(alphas_cumprod: Tensor) -> list[float]:
-    before = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
-    return (1 - alphas_cumprod / before).tolist()
 
 
 def _stored_embeddings(folder: Path | None, width: int) -> dict[str, Tensor]:

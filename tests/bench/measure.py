@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib_estimate.embedding_file import Vectors
 from lib_estimate.fit import Fit
+from lib_estimate.hosts import denoising
 from lib_estimate.hosts.base import Conditioning
 from lib_estimate.hosts.standalone import StandaloneSession
 from lib_estimate.objectives import Objective
@@ -237,7 +238,7 @@ class Split:
             return conditioning
 
         watched = [(parts.text_encoder, TEXT_FORWARD), (parts.unet, f"{network} forward")]
-        watched += [(module, f"{network} forward") for module in session._attention_modules()]
+        watched += [(module, f"{network} forward") for module in denoising.attention_modules(session.parts.unet)]
         handles = [handle for module, part in watched for handle in self._hooked(module, part)]
         try:
             with replaced(session, "encode", encoded):

@@ -67,7 +67,7 @@ def random_scene(rng: random.Random) -> Scene:
     """One scene; two shapes in 45 of 100."""
     background = rng.choice([*BACKGROUNDS, "white", "gray"])
     if rng.random() < 0.55:
-        place = rng.choice(list(PLACES))
+        place = "in the middle" if rng.random() < 0.5 else rng.choice(list(PLACES))
         return Scene((_thing(rng, PLACES[place], background, False),), background, place, None)
     relation = rng.choice(list(RELATIONS))
     first, second = RELATIONS[relation]
@@ -79,38 +79,39 @@ def random_scene(rng: random.Random) -> Scene:
 def _thing(rng: random.Random, centre: tuple[float, float], background: str, shares: bool) -> Thing:
     """A shape at about `centre`, in another colour than the background; smaller where it `shares` the picture."""
     size = rng.choice(["large", "small"])
-    low, high = {"large": (0.19, 0.23), "small": (0.11, 0.14)}[size]
+    low, high = {"large": (0.19, 0.22), "small": (0.13, 0.15)}[size]
     if not shares:
-        low, high = {"large": (0.24, 0.29), "small": (0.13, 0.17)}[size]
+        low, high = {"large": (0.26, 0.3), "small": (0.15, 0.18)}[size]
     return Thing(
         colour=rng.choice([c for c in COLOURS if c != background]),
         shape=rng.choice(SHAPES),
         size=size,
-        x=centre[0] + rng.uniform(-0.03, 0.03),
-        y=centre[1] + rng.uniform(-0.03, 0.03),
+        x=centre[0] + rng.uniform(-0.02, 0.02),
+        y=centre[1] + rng.uniform(-0.02, 0.02),
         radius=rng.uniform(low, high),
     )
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A sentence that is true of the scene; details are left out at random."""
+    """A sentence that tells the scene.
+
+    What it leaves out is always the same: a thing is large and in the middle, the background is white, and "and" or
+    "next to" means from left to right. So a small model need not choose among places where a large one would.
+    """
     words = [_phrase(t, rng) for t in scene.things]
-    if scene.relation is None:
-        text = words[0]
-        if scene.place is not None and rng.random() < (0.25 if scene.place == "in the middle" else 0.7):
-            text += " " + scene.place
-    else:
-        joint = scene.relation
-        if rng.random() < 0.35:
-            joint = rng.choice(["and", "next to"]) if "of" in joint and "top" not in joint else "and"
-        text = f"{words[0]} {joint} {words[1]}"
-    if rng.random() < 0.8:
+    text = words[0]
+    if scene.relation is not None:
+        beside = scene.relation == "to the left of" and rng.random() < 0.5
+        text = f"{words[0]} {rng.choice(['and', 'next to']) if beside else scene.relation} {words[1]}"
+    elif scene.place != "in the middle" or rng.random() < 0.15:
+        text += f" {scene.place}"
+    if scene.background != "white" or rng.random() < 0.5:
         text += f" on {_article(scene.background, rng)}{scene.background} background"
     return rng.choice(OPENINGS) + text
 
 
 def _phrase(thing: Thing, rng: random.Random) -> str:
-    size = thing.size + " " if rng.random() < 0.5 else ""
+    size = thing.size + " " if thing.size == "small" or rng.random() < 0.3 else ""
     phrase = f"{size}{thing.colour} {thing.shape}"
     return (_article(phrase, rng) if rng.random() < 0.85 else "") + phrase
 

@@ -31,6 +31,8 @@ WORLD = 2  # processes
 PICTURES = 24_000
 CAPTIONS_EACH = 4
 SEED = 20_261_120
+WORDS_LOST = 0.1  # see with_gaps
+BATCHES = ((0.5, 16), (1.0, 32))  # per process; (until this share of the steps, samples): many small steps first
 EMPTY_SHARE = 0.1  # captions dropped, so that the empty prompt means something under CFG
 WIDTH = 96  # of the text encoder
 VAE_CONFIG = {
@@ -87,22 +89,26 @@ class Data:
         self.used_ids = torch.from_numpy(words)  # [rows]: compact row -> real token id
         rows = torch.from_numpy(compact.reshape(len(ids), 77))
         self.empty, self.captions = rows[0], rows[1:].view(PICTURES, CAPTIONS_EACH, 77)
-        self.nouns = [int((words == tokenizer(s).input_ids[1]).nonzero()[0][0]) for s in pictures.SHAPES]
+        kinds = {"nouns": pictures.SHAPES, "colours": pictures.BACKGROUNDS, "background": ("background",)}
+        self.words = {  # compact rows of each kind of word
+            kind: torch.tensor([int((words == tokenizer(s).input_ids[1]).nonzero()[0][0]) for s in spelled])
+            for kind, spelled in kinds.items()
+        }
 
     def picture(self, index: int) -> np.ndarray:
         return pictures.draw(self.scenes[index], random.Random(SEED + index))
 
     def labels(self) -> dict[str, Tensor]:
         """What a caption can be asked about, `[PICTURES]` class numbers each; -1 where it doesn't apply."""
-        colours, sizes = list(pictures.COLOURS), ["large", "small"]
-        relations, backgrounds = [*pictures.PLACES, *pictures.RELATIONS], list(pictures.BACKGROUNDS)
+        colours, sizes = list(pictures.BACKGROUNDS), ["large", "small"]
+        relations = [*pictures.PLACES, *pictures.RELATIONS]
         out: dict[str, list[int]] = {"background": [], "relation": []}
         for scene in self.scenes:
-            out["background"].append(backgrounds.index(scene.background))
+            out["background"].append(colours.index(scene.background))
             out["relation"].append(relations.index(scene.relation or scene.place))
             for k in range(2):
                 thing = scene.things[k] if k < len(scene.things) else None
-                for name, of in (("colour", colours), ("shape", list(pictures.SHAPES)), ("size", sizes)):
+                for name, of in (("colour", colours), ("size", sizes)):
                     out.setdefault(f"{name}{k}", []).append(of.index(getattr(thing, name)) if thing else -1)
         return {name: torch.tensor(values) for name, values in out.items()}
 
@@ -131,28 +137,43 @@ def say(*words: object) -> None:
 
 
 class Questions(nn.Module):
-    """Linear heads that answer, from the last hidden states, what the caption said."""
+    """Linear heads that answer, from the last hidden state of a word, what the caption says of that word.
 
-    def __init__(self, labels: dict[str, Tensor]) -> None:
+    They ask at words only. Asked at the end-of-text or at the padding, which know the whole sentence, the text encoder
+    and then the U-Net learn to read everything there, and the weight of a word does nothing.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, int(v.max()) + 1) for name, v in labels.items()})
-        self.own = nn.ModuleDict(
-            {name: nn.Linear(WIDTH, int(labels[name + "0"].max()) + 1) for name in ("colour", "size")}
-        )
+        colours, relations = len(pictures.BACKGROUNDS), len(pictures.PLACES) + len(pictures.RELATIONS)
+        sizes = {"colour": colours, "size": 2, "relation": relations, "background": colours, "belongs": 3}
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, count) for name, count in sizes.items()})
 
-    def loss(self, z: Tensor, ids: Tensor, labels: dict[str, Tensor], nouns: Tensor) -> Tensor:
-        """z [B, T, C]: everything from an end-of-text state, and each thing's own colour and size from its noun's."""
-        end = z[torch.arange(len(z)), ids.argmax(1) + torch.randint(0, 8, (len(z),))]
-        total = sum(F.cross_entropy(head(end), labels[name], ignore_index=-1) for name, head in self.heads.items())
-        is_noun = torch.isin(ids, nouns)
+    def loss(self, z: Tensor, ids: Tensor, labels: dict[str, Tensor], words: dict[str, Tensor]) -> Tensor:
+        """z [B, T, C]: each thing's colour and size at its noun, the relation at the second noun, the background's
+        colour at "background", and at a colour what it belongs to (first thing, second thing, background)."""
+        total = z.new_zeros(())
+        two = labels["colour1"] >= 0
         for k in range(2):
-            has = is_noun.cumsum(1) == k + 1
-            position = has.float().argmax(1)
-            state = z[torch.arange(len(z)), position]
-            for name, head in self.own.items():
-                wanted = torch.where(has.any(1), labels[f"{name}{k}"], -1)
-                total = total + F.cross_entropy(head(state), wanted, ignore_index=-1)
-        return total
+            noun, colour = nth(ids, words["nouns"], k), nth(ids, words["colours"], k)
+            for name in ("colour", "size"):
+                total = total + self._ask(name, z, noun, labels[f"{name}{k}"])
+            total = total + self._ask("belongs", z, colour, torch.where(two | (k == 0), k, 2))
+        total = total + self._ask("relation", z, nth(ids, words["nouns"], 1), labels["relation"])
+        total = total + self._ask("belongs", z, nth(ids, words["colours"], 2), torch.full_like(labels["relation"], 2))
+        return total + self._ask("background", z, nth(ids, words["background"], 0), labels["background"])
+
+    def _ask(self, name: str, z: Tensor, where: tuple[Tensor, Tensor], label: Tensor) -> Tensor:
+        there, position = where
+        state = z[torch.arange(len(z)), position]
+        return F.cross_entropy(self.heads[name](state), torch.where(there, label, -1), ignore_index=-1)
+
+
+def nth(ids: Tensor, words: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Whether and where the k-th (from 0) of `words` stands in each row of ids `[B, T]`; `[B]` and `[B]`."""
+    hit = torch.isin(ids, words)
+    hit &= hit.cumsum(1) == k + 1
+    return hit.any(1), hit.float().argmax(1)
 
 
 def new_text_encoder(rows: int) -> CLIPTextModel:
@@ -170,10 +191,10 @@ def text_part(model: CLIPTextModel) -> nn.Module:
 
 def train_text(work: Path, steps: int) -> None:
     data, rank = Data(), dist.get_rank()
-    labels, nouns = data.labels(), torch.tensor(data.nouns)
+    labels = data.labels()
     torch.manual_seed(SEED)
     model = new_text_encoder(len(data.used_ids))
-    asked = Questions(labels)
+    asked = Questions()
     parameters = [p for p in [*model.parameters(), *asked.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
     torch.manual_seed(SEED + 1 + rank)
@@ -182,7 +203,7 @@ def train_text(work: Path, steps: int) -> None:
         pick = torch.randint(0, PICTURES, (128,))
         ids = data.captions[pick, torch.randint(0, CAPTIONS_EACH, (128,))][:, :40]
         z = model(ids).last_hidden_state
-        loss = asked.loss(z, ids, {name: v[pick] for name, v in labels.items()}, nouns)
+        loss = asked.loss(z, ids, {name: v[pick] for name, v in labels.items()}, data.words)
         optimizer.zero_grad()
         loss.backward()
         average_gradients(parameters)
@@ -265,7 +286,6 @@ def make_latents(work: Path, steps: int) -> None:
 
 
 SIZE_LATENT = pictures.SIZE // 8
-LATE = 0.75  # of the steps, from when on shapes count more
 
 
 # ---- stage: unet --------------------------------------------------------------------------------------------------
@@ -285,30 +305,28 @@ class FloatAttention:
         return attn.to_out[0](out)
 
 
-def loss_weight(abar: Tensor, late: bool) -> Tensor:
-    """Weight of the squared eps error, `[B]`; an eps error is an x_0 error times the SNR.
+def loss_weight(abar: Tensor) -> Tensor:
+    """Weight of the squared eps error, `[B]`: min(SNR, 5) / SNR + 0.1 / (SNR + 0.01).
 
-    Early: min(SNR + 1, 5) / (SNR + 0.01), min-SNR weighting with v-prediction's weight at the noisy end. There colours
-    and background are decided, which unweighted training hardly sees. Late: min(SNR, 5) / SNR + 0.1 / (SNR + 0.01),
-    so that the large errors that remain at the noisy end no longer drown what decides shapes.
+    Min-SNR weighting, and a little more at the noisy end, where colours and the background are decided: without it
+    they aren't learnt in the steps there are; with as much of it as v-prediction has, shapes aren't.
     """
     snr = abar / (1 - abar)
-    if late:
-        return snr.clamp(max=5) / snr + 0.1 / (snr + 0.01)
-    return (snr + 1).clamp(max=5) / (snr + 0.01)
+    return snr.clamp(max=5) / snr + 0.1 / (snr + 0.01)
 
 
-def without_padding(z: Tensor, ids: Tensor, text: CLIPTextModel, empty: Tensor) -> Tensor:
-    """States `[B, T, C]` with those after the text taken from the empty prompt, in half of the samples.
+def with_gaps(z: Tensor, ids: Tensor, nothing: Tensor) -> Tensor:
+    """In half of the samples: states `[B, T, C]` after the text are those of the empty prompt `[1, T, C]`, and one
+    word in ten is.
 
-    The states of the padding know the whole sentence. A U-Net that may always rely on them learns to read nothing
-    else, and then the weight of a word, which scales that word's own state, does nothing.
+    The states of the padding know the whole sentence, and a noun's knows its adjectives. A U-Net that may always rely
+    on them learns to read nothing else; then the weight of a word, which scales that word's own state, does nothing.
     """
-    with torch.no_grad():
-        nothing = text(empty[None]).last_hidden_state
+    half = torch.rand(len(ids), 1) < 0.5
     after = torch.arange(ids.shape[1]) >= ids.argmax(1, keepdim=True)
-    replaced = after & (torch.rand(len(ids), 1) < 0.5)
-    return torch.where(replaced[..., None], nothing, z)
+    lost = torch.rand(ids.shape) < WORDS_LOST
+    lost[:, 0] = False
+    return torch.where((half & (after | lost))[..., None], nothing, z)
 
 
 class Average:
@@ -344,23 +362,25 @@ def train_unet(work: Path, steps: int) -> None:
         optimizer.load_state_dict(state["optimizer"])
         average.values, average.count, first = state["average"], state["count"], state["step"]
     torch.manual_seed(SEED + 1 + rank + 1000 * first)
-    abar, batch = alphas_cumprod(), 32
+    abar = alphas_cumprod()
     forward = torch.compile(unet, dynamic=False)
     started, running = time.time(), 0.0
     for step in range(first, steps):
         rate = schedule(step, steps, 1e-3, warm=200)
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 0.3 * rate
+        batch = next(size for share, size in BATCHES if step < share * steps)
         pick = torch.randint(0, PICTURES, (batch,))
         ids = data.captions[pick, torch.randint(0, CAPTIONS_EACH, (batch,))]
         ids = torch.where((torch.rand(batch) < EMPTY_SHARE)[:, None], data.empty, ids)
         x0, t = latents[pick].float(), torch.randint(0, 1000, (batch,))
         noise, a = torch.randn_like(x0), abar[t][:, None, None, None]
         xt = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(memory_format=torch.channels_last)
-        z = without_padding(text(ids).last_hidden_state, ids, text, data.empty)
+        z = text(torch.cat([data.empty[None], ids])).last_hidden_state
+        z = with_gaps(z[1:], ids, z[:1].detach())
         with torch.autocast("cpu", torch.bfloat16):
             eps = forward(xt, t, z, return_dict=False)[0]
         error = (eps.float() - noise).square().mean((1, 2, 3))
-        loss = (loss_weight(abar[t], late=step >= LATE * steps) * error).mean()
+        loss = (loss_weight(abar[t]) * error).mean()
         optimizer.zero_grad()
         loss.backward()
         average_gradients(parameters)
@@ -396,7 +416,7 @@ STAGES = {
     "text": (train_text, 700),
     "vae": (train_vae, 1900),
     "latents": (make_latents, 0),
-    "unet": (train_unet, 4200),
+    "unet": (train_unet, 9000),
     "decoder": (polish_decoder, 600),
 }
 

@@ -1,0 +1,92 @@
+"""What every host's U-Net has in common: its cross-attention layers, and the way from noise to a picture.
+
+Both the ldm U-Net of the webuis and diffusers' call the layer through which the text comes in `attn2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lib_estimate.hosts.base import Conditioning, StepConditioning, Trajectory, Watch, compose
+
+PredictNoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+def attention_modules(unet: nn.Module) -> list[nn.Module]:
+    """`attn2` of every transformer block, in the order of the U-Net's modules."""
+    blocks = (getattr(module, "attn2", None) for module in unet.modules())
+    return [attention for attention in blocks if attention is not None]
+
+
+@contextmanager
+def watching(unet: nn.Module, watch: Watch | None, step: int) -> Iterator[None]:
+    """Lets `watch` see what enters the cross-attention layers."""
+    if watch is None:
+        yield
+        return
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, layer=layer: watch(step, layer, args[0]))
+        for layer, module in enumerate(attention_modules(unet))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def noise_of_velocity(v: Tensor, x: Tensor, abar: Tensor) -> Tensor:
+    """eps = sqrt(abar) v + sqrt(1 - abar) x, Salimans and Ho 2022; v, x `[B, c, h, w]`, abar `[B]`."""
+    abar = abar[:, None, None, None]
+    return abar.sqrt() * v + (1 - abar).sqrt() * x
+
+
+@torch.no_grad()
+def sample(
+    predict_noise: PredictNoise,
+    alphas_cumprod: Tensor,
+    noise: Tensor,
+    guidance: Sequence[StepConditioning],
+    cfg_scale: float,
+    *,
+    offset: float = 0.0,
+    watch_positive: Callable[[int], AbstractContextManager],
+    watch_negative: Callable[[int], AbstractContextManager],
+) -> Iterator[int | Trajectory]:
+    """`Session.sample` by DDIM with eta 0 (Song et al. 2021, eq. 12): deterministic, and its steps lie evenly.
+
+    `watch_positive` and `watch_negative` make what surrounds the U-Net's calls for the two sides of CFG at a step.
+    """
+    apart = len(alphas_cumprod) // len(guidance)
+    x, points, positives, negatives = noise, [], [], []
+    timesteps = _timesteps(len(guidance), apart, offset)
+    for step, (t, given) in enumerate(zip(timesteps, guidance, strict=True)):
+        timestep = torch.full((len(x),), t, device=x.device)
+        with watch_negative(step):
+            negative = predict_noise(x, timestep, given.negative)
+        with watch_positive(step):
+            first = predict_noise(x, timestep, given.positive[0][1])
+        others = [(w, predict_noise(x, timestep, c)) for w, c in given.positive[1:]]
+        positive = compose([(given.positive[0][0], first), *others], negative)
+        points.append(x), positives.append(positive), negatives.append(negative)
+        before, after = alphas_cumprod[t], alphas_cumprod[max(t - apart, 0)]
+        eps = negative + cfg_scale * (positive - negative)
+        clean = (x - (1 - before).sqrt() * eps) / before.sqrt()
+        x = after.sqrt() * clean + (1 - after).sqrt() * eps
+        yield step + 1
+    yield Trajectory(
+        x=torch.stack(points),
+        timestep=torch.tensor(timesteps, device=x.device),
+        positive=torch.stack(positives),
+        negative=torch.stack(negatives),
+        final=x,
+    )
+
+
+def _timesteps(steps: int, apart: int, offset: float) -> list[int]:
+    """Falling timesteps, `apart` from each other, the last at 1; moved down by the share `offset` of that distance."""
+    return [max(0, apart * step + 1 - round(offset * apart)) for step in reversed(range(steps))]

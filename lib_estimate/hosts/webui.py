@@ -1,0 +1,350 @@
+"""The host inside AUTOMATIC1111's webui: its loaded checkpoint, its parser, its text encoder, its U-Net.
+
+Leans on, as read in 1.10.1 (82a973c0): `prompt_parser.get_multicond_prompt_list` and
+`get_learned_conditioning_prompt_schedules`; `cond_stage_model.process_texts`, `process_tokens`, `empty_chunk` and
+`tokenize`; `EmbeddingsWithFixes` (the token table, known by its `textual_inversion_key`) and `hijack.fixes`;
+`embedding_db.register_embedding_by_name` and `word_embeddings`; `sd_model.apply_model`, `alphas_cumprod`,
+`parameterization`; `processing.txt2img_image_conditioning` and `decode_latent_batch`; `devices.autocast`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from modules import call_queue, devices, extra_networks, processing, prompt_parser, sd_hijack, sd_unet, shared
+from torch import Tensor, nn
+
+from lib_estimate.embedding_file import Vectors
+from lib_estimate.errors import ModelError, PromptSyntaxError
+from lib_estimate.hosts import denoising
+from lib_estimate.hosts.base import (
+    Conditioning,
+    CrossAttentionLayer,
+    ModelInfo,
+    PromptPart,
+    StepConditioning,
+    Token,
+    Trajectory,
+    Watch,
+)
+
+PLACEHOLDER = "embeddingestimateplaceholder"
+MOST_BATCHES = 64
+FIRST_WORD_ID = 512  # ids below are single bytes; brackets and the like would mean something in a prompt
+
+
+class WebuiHost:
+    """The webui's model on loan. `locked`: whether the caller holds the webui's queue lock already."""
+
+    def __init__(self, *, locked: bool) -> None:
+        self.locked = locked
+
+    @contextmanager
+    def session(self) -> Iterator[WebuiSession]:
+        if not self.locked:
+            with call_queue.queue_lock:
+                yield from self._session()
+            return
+        yield from self._session()
+
+    def _session(self) -> Iterator[WebuiSession]:
+        model = usable_model()
+        with _frozen(model):
+            session = WebuiSession(model)
+            try:
+                yield session
+            finally:
+                session.close()
+
+
+def usable_model() -> Any:
+    """The loaded checkpoint; ModelError where it, or how the webui runs it, doesn't work here."""
+    if shared.opts.use_old_emphasis_implementation:
+        raise ModelError(
+            "The setting 'Use old emphasis implementation' is on: its weights can't be learnt. "
+            "Switch it off under Settings > Compatibility."
+        )
+    model = shared.sd_model
+    if model is None or not hasattr(model, "cond_stage_model"):
+        raise ModelError("No checkpoint is loaded. Choose one at the top of the page and wait until it is loaded.")
+    if getattr(model, "is_sdxl", False) or getattr(model, "is_sd3", False):
+        raise ModelError("This checkpoint is of the SDXL or SD3 family. Only SD 1 and SD 2 checkpoints work so far.")
+    if getattr(model, "lowvram", False):
+        raise ModelError(
+            "The webui runs with --medvram or --lowvram, which moves the networks off the GPU while they are still "
+            "needed for learning. Start it without; a run with the cross-attention part needs little more memory than "
+            "a picture."
+        )
+    if getattr(devices, "fp8", False):
+        raise ModelError("FP8 weights are on. Switch them off under Settings > Optimizations for the estimate.")
+    if sd_unet.current_unet is not None:
+        raise ModelError("Another U-Net (TensorRT or the like) is active. Set SD Unet to None under Settings.")
+    return model
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Weights that take no gradient, evaluation mode, no gradient checkpointing of the ldm kind (it wants gradients
+    of the weights); afterwards everything is as it was."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    checkpointed = [
+        (module, name)
+        for module in model.modules()
+        for name in ("checkpoint", "use_checkpoint")
+        if module.__dict__.get(name) is True
+    ]
+    try:
+        model.requires_grad_(False).eval()
+        for module, name in checkpointed:
+            setattr(module, name, False)
+        yield
+    finally:
+        for module, name in checkpointed:
+            setattr(module, name, True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+class WebuiSession:
+    """See `base.Session`."""
+
+    placeholder = PLACEHOLDER
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.engine = model, model.cond_stage_model
+        self.unet: nn.Module = model.model.diffusion_model
+        self._tables = {
+            module.textual_inversion_key: module.wrapped.weight
+            for module in self.engine.modules()
+            if hasattr(module, "textual_inversion_key") and hasattr(module, "wrapped")
+        }
+        if len(self._tables) != 1:
+            raise ModelError("This checkpoint's text encoder is of a kind that is not supported.")
+        self.key, self.table = next(iter(self._tables.items()))
+        self.info = self._info()
+        self._embeddings = sd_hijack.model_hijack.embedding_db
+        self._placed = SimpleNamespace(name=PLACEHOLDER, vectors=0, vec=None, shorthash=None)
+        self._batches: dict[tuple, list[list[Any]]] = {}
+        self._image_conditionings: dict[tuple[int, ...], Tensor] = {}
+
+    def _info(self) -> ModelInfo:
+        model, checkpoint = self.model, self.model.sd_checkpoint_info
+        scale = 2 ** (len(model.first_stage_model.encoder.down) - 1)
+        return ModelInfo(
+            name=checkpoint.model_name,
+            hash=checkpoint.shorthash,
+            widths={self.key: self.table.shape[1]},
+            chunk_length=self.engine.chunk_length,
+            latent_channels=model.channels,
+            latent_scale=scale,
+            default_size=int(model.image_size) * scale,
+            device=devices.device,
+            dtype=devices.dtype_unet,
+        )
+
+    def close(self) -> None:
+        sd_hijack.model_hijack.fixes = None
+        self._batches.clear()
+
+    # ---- text ----
+
+    def read(self, prompt: str, steps: int, *, negative: bool = False) -> list[PromptPart]:
+        try:
+            if negative:  # the webui composes only the prompt, and takes extra network tags only out of it
+                texts, weights = [prompt], [1.0]
+            else:
+                text, _ = extra_networks.parse_prompt(prompt)
+                (parts,), texts, _ = prompt_parser.get_multicond_prompt_list([text])
+                weights = [weight for _, weight in parts]
+                texts = [texts[index] for index, _ in parts]
+            schedules = prompt_parser.get_learned_conditioning_prompt_schedules(texts, steps)
+        except ValueError as error:
+            raise PromptSyntaxError(f"The webui can't read the prompt {prompt!r}: {error}.") from error
+        rows = (tuple((int(until), text) for until, text in schedule) for schedule in schedules)
+        return [PromptPart(float(w), row) for w, row in zip(weights, rows, strict=True)]
+
+    def notes(self, prompt: str) -> list[str]:
+        _, found = extra_networks.parse_prompt(prompt)
+        tags = [f"<{name}:{':'.join(p.items)}>" for name, entries in found.items() for p in entries]
+        return [f"{tag} is left out: an embedding can't carry it. Write it beside the word." for tag in tags]
+
+    def tokens(self, text: str) -> list[list[Token]]:
+        return [self._chunk_tokens(chunk) for chunk in self._chunks(text)]
+
+    def token_ids(self, text: str) -> list[int]:
+        return list(self.engine.tokenize([text])[0])
+
+    def random_text(self, rng: Random, count: int) -> str:
+        words: list[str] = []
+        while len(words) < count:
+            word = self._decode(rng.randrange(FIRST_WORD_ID, self.engine.id_start))
+            if word.isascii() and word.isalnum():
+                words.append(word)
+        return " ".join(words)
+
+    def token_vectors(self, text: str) -> Vectors:
+        rows = [
+            vectors if token is None else self.table[token][None].float()
+            for chunk in self._chunks(text)
+            for token, vectors, _ in self._pieces(chunk)
+        ]
+        empty = torch.zeros(0, self.table.shape[1], device=devices.device)
+        return {self.key: torch.cat(rows).detach().clone() if rows else empty}
+
+    def table_norm(self) -> dict[str, float]:
+        return {self.key: self.table.detach().float().norm(dim=1).median().item()}
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        vectors: Mapping[str, Tensor] | None = None,
+        *,
+        weighted: bool = True,
+        together: bool = False,
+    ) -> Conditioning:
+        self._placed.vec = None if vectors is None else vectors[self.key]
+        try:
+            columns = self._prepared(tuple(texts), 0 if vectors is None else len(self._placed.vec))
+            hidden = [self._encode_column(column, weighted, together) for column in columns]
+        finally:
+            self._placed.vec = None
+        return Conditioning(torch.cat(hidden, dim=1))
+
+    def _prepared(self, texts: tuple[str, ...], count: int) -> list[list[Any]]:
+        """The texts as the webui's chunks, the first of each, the second of each and so on; kept for the next step."""
+        key = (texts, count)
+        if key not in self._batches:
+            if len(self._batches) > MOST_BATCHES:
+                self._batches.clear()
+            per_text = [self._chunks(text, count) for text in texts]
+            if count and not all(any(chunk.fixes for chunk in chunks) for chunks in per_text):
+                raise ModelError(f"Internal error: the learnt vectors did not stand in {texts!r}.")
+            most = max(map(len, per_text))
+            self._batches[key] = [
+                [c[k] if k < len(c) else self.engine.empty_chunk() for c in per_text] for k in range(most)
+            ]
+        return self._batches[key]
+
+    def _chunks(self, text: str, count: int = 0) -> list[Any]:
+        """The webui's own chunks of a text, with `count` learnt vectors where the placeholder stands."""
+        self._placed.vectors = count
+        if count:
+            self._embeddings.register_embedding_by_name(self._placed, self.model, PLACEHOLDER)
+        try:
+            chunks, _ = self.engine.tokenize_line(text)
+        except ValueError as error:  # such as (a:1.5.2)
+            raise PromptSyntaxError(f"The webui can't read the prompt {text!r}: {error}.") from error
+        finally:
+            if count:
+                self._embeddings.register_embedding_by_name(None, self.model, PLACEHOLDER)
+        return chunks
+
+    def _encode_column(self, chunks: list[Any], weighted: bool, together: bool) -> Tensor:
+        """One chunk of each text -> hidden states `[B, T, C]` with the webui's emphasis, float32.
+
+        The webui normalises all texts of one call as one, so texts of their own are encoded one by one where a weight
+        makes that matter.
+        """
+        plain = all(weight == 1.0 for chunk in chunks for weight in chunk.multipliers)
+        if together or plain or not weighted:
+            return self._process(chunks, weighted)
+        return torch.cat([self._process([chunk], weighted) for chunk in chunks])
+
+    def _process(self, chunks: list[Any], weighted: bool) -> Tensor:
+        weights = [c.multipliers if weighted else [1.0] * len(c.multipliers) for c in chunks]
+        self.engine.hijack.fixes = [chunk.fixes for chunk in chunks]
+        with devices.autocast():
+            return self.engine.process_tokens([chunk.tokens for chunk in chunks], weights).float()
+
+    def _pieces(self, chunk: Any) -> Iterator[tuple[int | None, Tensor | None, float]]:
+        """(token id, None, weight) of each word of a chunk and (None, vectors, weight) of each embedding in it."""
+        fixes = {fix.offset + 1: fix.embedding for fix in chunk.fixes}
+        covered = max((fix.offset + 1 + int(fix.embedding.vectors) for fix in chunk.fixes), default=1)
+        end = next(i for i in range(covered, len(chunk.tokens)) if chunk.tokens[i] == self.engine.id_end)
+        position = 1
+        while position < end:
+            embedding, weight = fixes.get(position), chunk.multipliers[position]
+            if embedding is None:
+                yield chunk.tokens[position], None, weight
+                position += 1
+            else:
+                vectors = embedding.vec[self.key] if isinstance(embedding.vec, dict) else embedding.vec
+                yield None, vectors.to(devices.device).float(), weight
+                position += int(embedding.vectors)
+
+    def _chunk_tokens(self, chunk: Any) -> list[Token]:
+        names = iter(fix.embedding.name for fix in sorted(chunk.fixes, key=lambda fix: fix.offset))
+        return [
+            Token(next(names), weight, len(vectors)) if token is None else Token(self._decode(token), weight, 0)
+            for token, vectors, weight in self._pieces(chunk)
+        ]
+
+    def _decode(self, token: int) -> str:
+        tokenizer = getattr(self.engine, "tokenizer", None)
+        if tokenizer is None:
+            from modules.sd_hijack_open_clip import tokenizer
+        return tokenizer.decode([token]).strip().removesuffix("</w>")
+
+    # ---- pictures ----
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        hidden = conditioning.hidden.expand(len(x), -1, -1).to(devices.dtype_unet)
+        given = {"c_crossattn": [hidden], "c_concat": [self._image_conditioning(x)]}
+        with devices.autocast():
+            out = self.model.apply_model(x.to(devices.dtype_unet), timestep, given).float()
+        if self.model.parameterization != "v":
+            return out
+        return denoising.noise_of_velocity(out, x.float(), self._alphas_cumprod()[timestep.long()])
+
+    def _image_conditioning(self, x: Tensor) -> Tensor:
+        """What txt2img feeds into the extra channels of inpainting checkpoints; a dummy for all others."""
+        if tuple(x.shape) not in self._image_conditionings:
+            height, width = (side * self.info.latent_scale for side in x.shape[-2:])
+            with torch.no_grad():
+                made = processing.txt2img_image_conditioning(self.model, x.detach(), width, height)
+            self._image_conditionings[tuple(x.shape)] = made.to(devices.dtype_unet)
+        return self._image_conditionings[tuple(x.shape)]
+
+    def _alphas_cumprod(self) -> Tensor:
+        return self.model.alphas_cumprod.to(devices.device, torch.float32)
+
+    def sample(
+        self,
+        noise: Tensor,
+        guidance: Sequence[StepConditioning],
+        cfg_scale: float,
+        *,
+        offset: float = 0.0,
+        watch: Watch | None = None,
+        watch_negative: bool = False,
+    ) -> Iterator[int | Trajectory]:
+        return denoising.sample(
+            self.predict_noise, self._alphas_cumprod(), noise.to(devices.device).float(), guidance, cfg_scale,
+            offset=offset,
+            watch_positive=lambda step: denoising.watching(self.unet, None if watch_negative else watch, step),
+            watch_negative=lambda step: denoising.watching(self.unet, watch if watch_negative else None, step),
+        )  # fmt: skip
+
+    def cross_attention(self) -> list[CrossAttentionLayer]:
+        def call(module: nn.Module) -> CrossAttentionLayer:
+            def layer(hidden: Tensor, context: Tensor) -> Tensor:
+                with devices.autocast():
+                    return module(hidden, context=context.to(devices.dtype_unet)).float()
+
+            return layer
+
+        return [call(module) for module in denoising.attention_modules(self.unet)]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        with devices.autocast():
+            pictures = processing.decode_latent_batch(self.model, latents, target_device=devices.cpu)
+        return (torch.stack(list(pictures)).float() / 2 + 0.5).clamp(0, 1)

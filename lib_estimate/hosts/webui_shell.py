@@ -1,0 +1,134 @@
+"""What the tab needs of AUTOMATIC1111's webui besides its model: folders, settings, progress, cards, restoring a run.
+
+Leans on, as read in 1.10.1 (82a973c0): `call_queue.wrap_gradio_gpu_call`, `progress.restore_progress`, `shared.state`
+(`textinfo`, `job_count`, `sampling_step`, `assign_current_image`, `interrupted`), `ui.update_token_counter`,
+`embedding_db.load_textual_inversion_embeddings`, the caches `cached_c`, `cached_uc`, `cached_hr_c`, `cached_hr_uc` of
+the processing classes, `OptionInfo`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from modules import call_queue, processing, progress, sd_hijack, shared
+from modules.options import OptionInfo
+
+from lib_estimate.hosts.webui import WebuiHost, usable_model
+from lib_estimate.request import EstimateRequest, Part
+
+log = logging.getLogger(__name__)
+
+SECTION = ("embedding_estimate", "Embedding Estimate")
+PARTS_OF_PROGRESS = 1000
+CACHES = ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc")
+
+
+def add_settings() -> None:
+    """The section of the webui's settings page."""
+    parts = {"choices": [part.value for part in Part]}
+    memory = _bounds("memory")
+    for key, option in {
+        "part": OptionInfo(EstimateRequest.part.value, "Training part chosen at the start", gr.Radio, parts),
+        "subfolder": OptionInfo(EstimateRequest.subfolder, "Folder inside the embeddings folder for new embeddings"),
+        "card": OptionInfo(True, "Make a card (preview picture and description) for a new embedding"),
+        "memory": OptionInfo(EstimateRequest.memory, "GB that the cross-attention part may take", gr.Slider, memory),
+    }.items():
+        option.section = SECTION
+        shared.opts.add_option(f"embedding_estimate_{key}", option)
+
+
+def _bounds(name: str) -> dict[str, float]:
+    about = EstimateRequest.__dataclass_fields__[name].metadata
+    return {"minimum": about["low"], "maximum": about["high"], "step": 0.1}
+
+
+def _setting(key: str) -> Any:
+    return getattr(shared.opts, f"embedding_estimate_{key}")
+
+
+class WebuiShell:
+    """See `ui.Shell`."""
+
+    live = False
+
+    def host(self) -> WebuiHost:
+        usable_model()
+        return WebuiHost(locked=True)
+
+    def embeddings_folder(self) -> str:
+        return shared.cmd_opts.embeddings_dir
+
+    def start_values(self) -> dict[str, Any]:
+        return {key: _setting(key) for key in ("part", "subfolder", "memory")}
+
+    def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable:
+        return call_queue.wrap_gradio_gpu_call(run, extra_outputs=list(failed))
+
+    def show(self, view: Any) -> None:
+        state = shared.state
+        state.textinfo = view.words
+        state.job_count, state.job_no = 1, 0
+        state.sampling_steps, state.sampling_step = PARTS_OF_PROGRESS, int(view.fraction * PARTS_OF_PROGRESS)
+        if view.curve is not None:
+            state.assign_current_image(view.curve)
+
+    def interrupted(self) -> bool:
+        return shared.state.interrupted or shared.state.stopping_generation
+
+    def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None:
+        sd_hijack.model_hijack.embedding_db.load_textual_inversion_embeddings(force_reload=True)
+        forget_conditionings()
+        if _setting("card"):
+            save_card(path, picture, description, overwrite=request.overwrite)
+
+    def count_tokens(self, text: str, steps: int, negative: bool) -> str:
+        from modules import ui  # not at the top: it is still being loaded when extensions are
+
+        return re.sub("<[^>]+>", "", ui.update_token_counter(text, steps, [], is_positive=not negative))
+
+    def send_buttons(self) -> Sequence[str]:
+        return ("txt2img", "img2img")
+
+    def restore(self, task: str) -> Any:
+        return progress.restore_progress(task)
+
+
+def forget_conditionings() -> None:
+    """Empties the webui's caches of encoded prompts, which go by the text and not by the vectors of its embeddings."""
+    for owner in (processing.StableDiffusionProcessing, *processing.StableDiffusionProcessing.__subclasses__()):
+        for name in CACHES:
+            cache = owner.__dict__.get(name)
+            if cache is not None:
+                cache[:] = [None] * len(cache)
+
+
+def save_card(path: Path, picture: Any, description: str, *, overwrite: bool) -> None:
+    """`<name>.preview.png` and `<name>.json` beside an embedding, where none is or `overwrite`.
+
+    A card that can't be written is logged: the embedding itself is saved by then.
+    """
+    try:
+        image, about = path.with_name(path.stem + ".preview.png"), path.with_name(path.stem + ".json")
+        if picture is not None and (overwrite or not image.exists()):
+            _replace(image, lambda file: picture.save(file, format="PNG"))
+        if overwrite or not about.exists():
+            text = json.dumps({"description": description}, ensure_ascii=False, indent=4)
+            _replace(about, lambda file: file.write_text(text, encoding="utf-8"))
+    except OSError:
+        log.exception("The card of %s was not saved", path)
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f".embedding-estimate-{secrets.token_hex(8)}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,356 @@
+"""What must hold inside the webui's process, one function each.
+
+They run in a real webui, called through a route of an extension the tests add to it, and over the stand-in where there
+is none. A check raises AssertionError, or returns figures.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib_estimate import embedding_file, job
+from lib_estimate.errors import EstimateError
+from lib_estimate.fit import Cancel, StepReport
+from lib_estimate.hosts import webui
+from lib_estimate.hosts.webui import WebuiHost
+from lib_estimate.hosts.webui_shell import WebuiShell
+from lib_estimate.objectives import CrossAttention, Denoising, HiddenState
+from lib_estimate.request import EstimateRequest, Part, Use
+from lib_estimate.target import build_target
+
+PROMPTS = (
+    "a red circle",
+    "a (red:1.6) circle",
+    "((red)) circle on a [blue] background",
+    "[a red circle:a blue square:0.5]",
+    "[red|blue] circle",
+    "a red circle AND a (blue:1.3) square :0.7",
+    "a red circle BREAK a (blue:1.3) background",
+    "a (large:0.7) red circle, " * 20,
+)
+STEPS = 10
+PICTURE = {"steps": 4, "seed": 7}
+
+
+def request(**changes: Any) -> EstimateRequest:
+    """A short request into a folder of its own."""
+    base = EstimateRequest(
+        prompt="(red:1.6) circle", name="webui-check", out=tempfile.mkdtemp(), use=Use.WHOLE, part=Part.CROSS_ATTENTION,
+        steps=3, sampling_steps=4, images=0, seed=1,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def outcome(made: EstimateRequest, cancel: Cancel | None = None, see: Callable = lambda _: None) -> job.Outcome:
+    for progress in job.estimate(made, WebuiHost(locked=False), cancel):
+        see(progress)
+    return progress
+
+
+def picture(prompt: str, negative: str = "") -> torch.Tensor:
+    """Pixels `[H, W, 3]` of the webui's own txt2img."""
+    import numpy as np
+    from modules import call_queue, processing, shared
+
+    model = shared.sd_model
+    side = int(model.image_size) * 2 ** (len(model.first_stage_model.encoder.down) - 1)
+    p = processing.StableDiffusionProcessingTxt2Img(
+        sd_model=model, prompt=prompt, negative_prompt=negative, width=side, height=side, cfg_scale=5.0,
+        sampler_name="Euler", do_not_save_samples=True, do_not_save_grid=True, **PICTURE,
+    )  # fmt: skip
+    with call_queue.queue_lock:
+        shared.state.begin(job="check")
+        try:
+            return torch.from_numpy(np.asarray(processing.process_images(p).images[0]).copy())
+        finally:
+            shared.state.end()
+
+
+@contextmanager
+def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def raised(kind: type[Exception], use: Callable[[], Any]) -> str:
+    """What the error of this kind says that `use` must end with."""
+    try:
+        use()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__}")
+
+
+# ---- the target ---------------------------------------------------------------------------------------------------
+
+
+def check_targets_are_what_the_sampler_gets() -> dict[str, float]:
+    """At every step, for every part of AND, and for the negative prompt: bit by bit."""
+    from modules import devices, prompt_parser, shared
+
+    largest = 0.0
+    for prompt in PROMPTS:
+        with WebuiHost(locked=False).session() as session, torch.no_grad(), devices.autocast():
+            made = request(prompt=prompt, negative=prompt, sampling_steps=STEPS)
+            target = build_target(made, session)
+            given = prompt_parser.SdConditioning([prompt])
+            multi = prompt_parser.get_multicond_learned_conditioning(shared.sd_model, given, STEPS)
+            single = prompt_parser.get_learned_conditioning(
+                shared.sd_model, prompt_parser.SdConditioning([prompt], is_negative_prompt=True), STEPS
+            )
+            for step, ours in enumerate(target.guidance):
+                parts, theirs = prompt_parser.reconstruct_multicond_batch(multi, step)
+                weights = [weight for _, weight in parts[0]]
+                assert weights == [weight for weight, _ in ours.positive], (prompt, step)
+                negative = prompt_parser.reconstruct_cond_batch(single, step)
+                pairs = [
+                    (c.hidden[0], theirs[index]) for (index, _), (_, c) in zip(parts[0], ours.positive, strict=True)
+                ]
+                for mine, host in [*pairs, (ours.negative.hidden[0], negative[0])]:
+                    mine = mine[: len(host)] if len(mine) > len(host) else mine
+                    largest = max(largest, (mine - host[: len(mine)].float()).abs().max().item())
+    assert largest == 0.0, largest
+    return {"largest_difference": largest}
+
+
+def check_the_unet_is_the_samplers() -> dict[str, float]:
+    """The eps of the session is what the webui's own denoiser wrapper gives."""
+    from modules import shared
+
+    model = shared.sd_model
+    with WebuiHost(locked=False).session() as session, torch.no_grad():
+        info = session.info
+        x = torch.randn(2, info.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0)).to(info.device)
+        t = torch.tensor([100, 700], device=info.device)
+        conditioning = session.encode(["a (red:1.4) circle"])
+        ours = session.predict_noise(x, t, conditioning)
+        given = conditioning.hidden.expand(2, -1, -1)
+        raw = model.apply_model(x, t, {"c_crossattn": [given], "c_concat": [torch.zeros(2, 5, 1, 1)]})
+        if model.parameterization == "v":
+            raw = model.predict_eps_from_z_and_v(x, t, raw)
+    difference = (ours - raw.float()).abs().max().item()
+    assert difference < 1e-5, difference
+    return {"largest_difference": difference}
+
+
+# ---- learning -----------------------------------------------------------------------------------------------------
+
+
+def check_every_part_learns() -> dict[str, float]:
+    """Each part lowers its own loss on the webui's networks, and no weight gets a gradient."""
+    from modules import shared
+
+    figures = {}
+    for part in (Part.TRANSFORMER, Part.CROSS_ATTENTION, Part.UNET):
+        losses = outcome(request(part=part, steps=8, init="a blue square", optimizer="LBFGS")).losses
+        assert losses[-1] < 0.9 * losses[0], (part, losses)
+        figures[part.value] = losses[-1] / losses[0]
+    assert all(p.grad is None for p in shared.sd_model.parameters())
+    return figures
+
+
+def check_a_cut_gradient_path_is_seen() -> dict[str, Any]:
+    """The check above can fail: with the vectors detached on their way in, nothing is learnt."""
+    encode = webui.WebuiSession.encode
+
+    def cut(self: Any, texts: Any, vectors: Any = None, **given: Any) -> Any:
+        return encode(self, texts, vectors and {k: v.detach() for k, v in vectors.items()}, **given)
+
+    with changed(webui.WebuiSession, "encode", cut):
+        said = raised(RuntimeError, lambda: outcome(request(steps=8, init="a blue square", optimizer="LBFGS")))
+    assert "grad" in said, said
+    return {}
+
+
+def check_estimate(prompt: str = "a (red:1.6) circle on a blue background") -> dict[str, Any]:
+    """One real estimate with the defaults for a whole prompt; the caller compares its figures."""
+    made = request(prompt=prompt, part=Part.AUTO, steps=0, sampling_steps=20)
+    done = outcome(made)
+    return {key: done.record[key] for key in ("error", "unweighted_error", "recovered", "seconds", "vectors")}
+
+
+# ---- saving and using ---------------------------------------------------------------------------------------------
+
+
+def check_a_saved_name_works_at_once() -> dict[str, float]:
+    """Saved into the embeddings folder the name changes the picture, and changes it again when it is overwritten."""
+    from modules import sd_hijack, shared
+
+    shell, name, pictures = WebuiShell(), "checkname", []
+    made = request(name=name, out=shell.embeddings_folder(), overwrite=True, steps=2)
+    path = job.check_destination(made)
+    try:
+        pictures.append(picture(name))
+        for text in ("a red circle on a white background", "a blue square on a black background"):
+            done = outcome(replace(made, prompt=text))
+            shell.saved(replace(made, prompt=text), done.path, None, "a description")
+            assert name in sd_hijack.model_hijack.embedding_db.word_embeddings
+            pictures.append(picture(name))
+        apart = [(a.float() - b.float()).abs().mean().item() for a, b in pairwise(pictures)]
+        assert min(apart) > 5, apart
+        assert path.with_name(f"{name}.json").exists()
+    finally:
+        for file in path.parent.glob(f"{name}.*"):
+            file.unlink()
+        sd_hijack.model_hijack.embedding_db.load_textual_inversion_embeddings(force_reload=True)
+    assert shared.state.job == ""
+    return {"first": apart[0], "overwritten": apart[1]}
+
+
+def check_overwriting_replaces_that_file_alone() -> dict[str, Any]:
+    """Whatever its format and folder; without the checkbox the name is refused before anything starts."""
+    folder = Path(tempfile.mkdtemp())
+    first = folder / "deep" / "Taken.safetensors"
+    embedding_file.save(embedding_file.Embedding("Taken", {"clip_l": torch.zeros(1, 96)}, {}), first)
+    made = request(name="taken", out=str(folder))
+    assert "Taken.safetensors" in raised(EstimateError, lambda: outcome(made))
+    done = outcome(replace(made, overwrite=True))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files == [first] == [done.path], files
+    assert embedding_file.load(first).vectors["clip_l"].abs().sum() > 0
+    return {}
+
+
+# ---- the host afterwards ------------------------------------------------------------------------------------------
+
+
+def fingerprint() -> dict[str, Any]:
+    """All of the host's that a run could leave changed."""
+    from modules import sd_hijack, shared
+
+    model, digest = shared.sd_model, hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    database = sd_hijack.model_hijack.embedding_db
+    return {
+        "weights": digest.hexdigest(),
+        "frozen": [p.requires_grad for p in model.parameters()],
+        "training": [m.training for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "gradients": [p.grad is None for p in model.parameters()],
+        "options": dict(shared.opts.data),
+        "embeddings": sorted(database.word_embeddings),
+        "lookup": {key: [ids for ids, _ in rows] for key, rows in database.ids_lookup.items()},
+        "fixes": sd_hijack.model_hijack.fixes,
+        "comments": list(sd_hijack.model_hijack.comments),
+        "infotext": dict(sd_hijack.model_hijack.extra_generation_params),
+    }
+
+
+@contextmanager
+def unchanged_host() -> Iterator[None]:
+    """The host is as before, and a generation gives the same pixels."""
+    before, drawn = fingerprint(), picture("a (red:1.4) circle, blue background", "a square")
+    yield
+    gc.collect()
+    after = fingerprint()
+    assert before == after, [key for key in before if before[key] != after[key]]
+    assert torch.equal(drawn, picture("a (red:1.4) circle, blue background", "a square"))
+
+
+def check_the_host_is_as_before_after_success() -> dict[str, Any]:
+    with unchanged_host():
+        outcome(request(part=Part.AUTO, steps=4, images=1))
+        outcome(request(part=Part.UNET, prompt="a red circle AND a (blue:1.3) square"))
+    return {}
+
+
+def check_the_host_is_as_before_after_interrupts() -> dict[str, Any]:
+    with unchanged_host():
+        cancel = Cancel()
+
+        def stop(progress: Any) -> None:
+            if isinstance(progress, StepReport):
+                cancel.save()
+
+        done = outcome(request(steps=500, part=Part.UNET), cancel, stop)
+        assert done.path.exists()
+        assert done.record["steps_run"] < 10
+        cancel = Cancel()
+
+        def drop(progress: Any) -> None:
+            if isinstance(progress, StepReport):
+                cancel.discard()
+
+        made = request(steps=500, part=Part.UNET)
+        raised(job.Interrupted, lambda: outcome(made, cancel, drop))
+        assert not job.check_destination(made).exists()
+    return {}
+
+
+def check_the_host_is_as_before_after_errors() -> dict[str, Any]:
+    """An error, and out of memory, in the middle of learning."""
+    for part, owner in (
+        (Part.CROSS_ATTENTION, CrossAttention),
+        (Part.UNET, Denoising),
+        (Part.TRANSFORMER, HiddenState),
+    ):
+        for error in (RuntimeError, torch.cuda.OutOfMemoryError):
+
+            def fail(*_: Any, error: type[Exception] = error) -> None:
+                raise error("on purpose")
+
+            made = request(part=part)
+            with unchanged_host(), changed(owner, "loss", fail):
+                assert raised(error, lambda made=made: outcome(made)) == "on purpose"
+            assert not job.check_destination(made).exists()
+    return {}
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------
+
+
+def check_what_does_not_work_is_refused_with_a_way_round() -> dict[str, str]:
+    from modules import devices, shared
+
+    said = {}
+    with changed(shared.opts, "use_old_emphasis_implementation", True):
+        said["old emphasis"] = raised(EstimateError, lambda: outcome(request()))
+    with changed(shared.sd_model, "lowvram", True):
+        said["medvram"] = raised(EstimateError, lambda: outcome(request()))
+    with changed(devices, "fp8", True):
+        said["fp8"] = raised(EstimateError, lambda: outcome(request()))
+    said["prompt"] = raised(EstimateError, lambda: outcome(request(prompt="a (b:1.5.2) c")))
+    assert all(sentence.endswith(".") for sentence in said.values()), said
+    return said
+
+
+def check_options_of_emphasis_and_clip_skip_are_the_hosts() -> dict[str, Any]:
+    from modules import shared
+
+    with WebuiHost(locked=False).session() as session, torch.no_grad():
+        usual = session.encode(["(red:1.6) circle"]).hidden
+        for name, value in (("emphasis", "No norm"), ("emphasis", "Ignore"), ("CLIP_stop_at_last_layers", 2)):
+            with changed(shared.opts, name, value):
+                session._batches.clear()
+                assert not torch.equal(session.encode(["(red:1.6) circle"]).hidden, usual), (name, value)
+    return {}
+
+
+def check_lora_tags_are_left_out_and_said() -> dict[str, Any]:
+    notes: list[str] = []
+    outcome(
+        request(prompt="a (red:1.5) circle <lora:some:0.8>"),
+        see=lambda progress: notes.append(progress.text) if isinstance(progress, job.Note) else None,
+    )
+    assert any("<lora:some:0.8>" in note for note in notes), notes
+    return {}
+
+
+CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
+    name.removeprefix("check_"): function for name, function in list(globals().items()) if name.startswith("check_")
+}
