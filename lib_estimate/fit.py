@@ -21,7 +21,7 @@ from lib_estimate.plan import Stage
 from lib_estimate.registry import OPTIMIZERS, default_learning_rate, learning_rate_at, make_optimizer
 from lib_estimate.request import EstimateRequest
 
-CHECKS = 30  # how often at the most the validation error is measured in a run
+CHECKS = 20  # how often at the most the validation error is measured in a run
 WORTHWHILE = 0.995  # an error counts as smaller below this share of the best
 
 

@@ -22,8 +22,11 @@ def initial_vectors(request: EstimateRequest, session: Session) -> Vectors:
         generator = torch.Generator().manual_seed(request.seed)
         lengths = session.table_norm()
         return {key: random_rows(count, r.shape[1], lengths[key], generator).to(r.device) for key, r in rows.items()}
+    # Beyond a given text come zeros. Beyond the prompt itself comes what fills up a prompt anyway: so the start is the
+    # prompt without its weights, however many vectors there are.
+    beyond = {} if request.init.strip() else session.end_vectors()
     fill = pooled if request.start is Start.POOLED else fitted
-    return {key: fill(r, count) for key, r in rows.items()}
+    return {key: fill(r, count, beyond.get(key)) for key, r in rows.items()}
 
 
 def start_text(request: EstimateRequest, session: Session) -> str:
@@ -45,21 +48,23 @@ def wanted_count(request: EstimateRequest, available: int, chunk_length: int) ->
     return int(request.vectors)
 
 
-def fitted(rows: Tensor, count: int) -> Tensor:
-    """rows `[n, width]` -> `[count, width]`: cut off, or filled up with zeros."""
+def fitted(rows: Tensor, count: int, beyond: Tensor | None = None) -> Tensor:
+    """rows `[n, width]` -> `[count, width]`: cut off, or filled up with `beyond` `[1, width]`, zeros where None."""
     out = rows.new_zeros(count, rows.shape[1])
+    if beyond is not None:
+        out += beyond
     kept = min(count, len(rows))
     out[:kept] = rows[:kept]
     return out
 
 
-def pooled(rows: Tensor, count: int) -> Tensor:
+def pooled(rows: Tensor, count: int, beyond: Tensor | None = None) -> Tensor:
     """rows `[n, width]` -> `[count, width]`: n tokens in `count` pieces, each the mean of its tokens.
 
-    With fewer tokens than vectors every token is a piece of its own and the rest is zero.
+    With fewer tokens than vectors every token is a piece of its own and the rest is `beyond`, as in `fitted`.
     """
     if len(rows) <= count:
-        return fitted(rows, count)
+        return fitted(rows, count, beyond)
     return torch.stack([piece.mean(0) for piece in torch.tensor_split(rows, count)])
 
 

@@ -29,7 +29,8 @@ from lib_estimate.request import AUTO_VECTORS, HOLE, EstimateRequest, Part, Star
 from lib_estimate.sentences import distinct
 from lib_estimate.target import TRAIN, VALIDATION, Bank, Target, build_bank, build_target, latent_noise
 
-CHECK_STEPS, CHECK_OFFSET = 7, -0.5  # of the validation trajectory: few steps, at timesteps of its own
+# Of the validation trajectories: few steps, at timesteps of their own. Two: a single one can favour what is worse.
+CHECK_SEEDS, CHECK_STEPS, CHECK_OFFSET = 2, 5, -0.5
 CHECK_SENTENCES = 8
 FLOAT16_LOSS_SCALE = 4096.0
 
@@ -174,7 +175,7 @@ def _material(request: EstimateRequest, session: Session, target: Target, cancel
     noise = latent_noise(request, session, TRAIN, count)
     sampling = build_bank(session, target, noise, request.cfg_scale, references=False, watch=recorder.see)
     bank = yield from _sampled("Recording the target", sampling, steps, cancel)
-    noise = latent_noise(request, session, VALIDATION, 1)
+    noise = latent_noise(request, session, VALIDATION, CHECK_SEEDS)
     sampling = build_bank(
         session, target, noise, request.cfg_scale, steps=CHECK_STEPS, offset=CHECK_OFFSET, plain=False
     )

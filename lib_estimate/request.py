@@ -113,7 +113,8 @@ class EstimateRequest:
     init: str = _field("", "text the vectors start from; may contain names of embeddings. Blank: the prompt itself")
     start: Start = _field(
         Start.TEXT,
-        "how the start fills the vectors. text: token by token, cut off or filled up with zeros; pooled: the text "
+        "how the start fills the vectors. text: token by token, cut off, or filled up: a given text with zeros, the "
+        "prompt itself with what changes nothing; pooled: the text "
         "in as many pieces as there are vectors, each the mean of its tokens; random: noise as large as real tokens",
     )
     steps: int = _field(

@@ -33,9 +33,17 @@ def test_the_initial_text_counts_the_vectors(session, short) -> None:
 
 def test_text_is_cut_off_or_filled_with_zeros(session, short) -> None:
     assert torch.equal(start(session, short, vectors=2), rows_of(session, "a red"))
-    longer = start(session, short, vectors=5)
+    longer = start(session, short, vectors=5, init="a red circle")
     assert torch.equal(longer[:3], rows_of(session, "a red circle"))
     assert not longer[3:].any()
+
+
+def test_more_vectors_than_the_prompt_has_tokens_start_as_the_prompt(session, short) -> None:
+    """Whatever their number, the model sees the prompt without its weights."""
+    with torch.no_grad():
+        wanted = session.encode([short.prompt], weighted=False).hidden
+        longer = {KEY: start(session, short, vectors=6)}
+        assert torch.allclose(session.encode([session.placeholder], longer).hidden, wanted, atol=1e-5)
 
 
 def test_pooled_pieces_are_means() -> None:

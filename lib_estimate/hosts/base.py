@@ -126,6 +126,9 @@ class Session(Protocol):
     def token_vectors(self, text: str) -> Vectors:
         """Rows of the token table `[n, width]` for a text read without emphasis; embeddings in it stand in full."""
 
+    def end_vectors(self) -> Vectors:
+        """The token table's row `[1, width]` of the end-of-text token, with which a webui fills up a prompt."""
+
     def table_norm(self) -> dict[str, float]:
         """Typical (median) length of a row of each token table."""
 

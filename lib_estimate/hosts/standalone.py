@@ -159,6 +159,9 @@ class StandaloneSession:
         width = self.info.widths[KEY]
         return {KEY: torch.cat(rows).detach().clone() if rows else torch.zeros(0, width, device=self.device)}
 
+    def end_vectors(self) -> Vectors:
+        return {KEY: self._table.weight[self.vocabulary.end][None].detach().float()}
+
     def table_norm(self) -> dict[str, float]:
         return {KEY: self._table.weight.detach().float().norm(dim=1).median().item()}
 

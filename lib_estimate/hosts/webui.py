@@ -199,6 +199,9 @@ class WebuiSession:
         empty = torch.zeros(0, self.table.shape[1], device=devices.device)
         return {self.key: torch.cat(rows).detach().clone() if rows else empty}
 
+    def end_vectors(self) -> Vectors:
+        return {self.key: self.table[self.engine.id_end][None].detach().float()}
+
     def table_norm(self) -> dict[str, float]:
         return {self.key: self.table.detach().float().norm(dim=1).median().item()}
 

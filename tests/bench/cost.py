@@ -176,7 +176,7 @@ def _validation(ground: Ground) -> Callable[[Vectors], float]:
     """The validation of a stage, over as many latents as by default; or a number at no cost."""
     if not ground.size.checks:
         return lambda _: 1.0
-    count = job.CHECK_STEPS
+    count = job.CHECK_SEEDS * job.CHECK_STEPS
     b, session = ground.bank, ground.session
     checks = Bank(*(rows[:count] for rows in (b.x, b.timestep, b.step, b.target, b.empty)), None)
 

@@ -183,6 +183,23 @@ def check_estimate(prompt: str = "a (red:1.6) circle on a blue background") -> d
     return {key: done.record[key] for key in ("error", "unweighted_error", "recovered", "seconds", "vectors")}
 
 
+def check_every_attention_optimization_learns() -> dict[str, float]:
+    """Whichever of the webui's attention optimizations is on."""
+    from modules import sd_hijack
+
+    figures = {}
+    try:
+        for option in sd_hijack.optimizers:
+            sd_hijack.model_hijack.apply_optimizations(option.title())
+            for part in (Part.CROSS_ATTENTION, Part.UNET):
+                losses = outcome(request(part=part, steps=2, init="a blue square", optimizer="LBFGS")).losses
+                assert losses[-1] < losses[0], (option.name, part, losses)
+                figures[f"{option.name} {part.value}"] = losses[-1] / losses[0]
+    finally:
+        sd_hijack.model_hijack.apply_optimizations()
+    return figures
+
+
 # ---- saving and using ---------------------------------------------------------------------------------------------
 
 
