@@ -1,4 +1,4 @@
-"""The command line: `embedding-estimate fit | measure | parse | inspect | demo`."""
+"""The command line: `embedding-estimate fit | measure | parse | inspect | demo | ui`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -108,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the main job on the small model that comes with the project")
     demo.add_argument("--out", type=Path, default=Path("embedding-estimate-demo"), help="folder for the results")
     demo.set_defaults(run=_demo)
+
+    ui = commands.add_parser("ui", help="open the tab in a browser, without a webui")
+    _add_fields(ui, ModelOptions, skip=("model",))
+    ui.add_argument("--model", default=str(DEMO_MODEL), help="checkpoint (default: the small model of the project)")
+    ui.add_argument("--out", default=EstimateRequest.out, help=_help(EstimateRequest, "out"))
+    ui.add_argument("--port", type=int, default=7865, help="port on this computer (default: 7865)")
+    ui.add_argument("--no-browser", action="store_true", help="don't open a browser")
+    ui.set_defaults(run=_ui)
     for command in commands.choices.values():
         command.add_argument("--verbose", action="store_true", help="log details and traces")
     return parser
@@ -267,30 +276,14 @@ def _save_sheet(path: Path, fidelity: Any, prompt: str, name: str) -> None:
 
 
 def _summary(outcome: Any) -> None:
+    from lib_estimate.fidelity import result_sentence
+
     sys.stderr.write(f"Saved {outcome.path}\n{result_sentence(outcome.fidelity, outcome.embedding.name)}\n")
-
-
-def result_sentence(fidelity: Any, name: str) -> str:
-    """The figures in words."""
-    text = f"{name} does {100 * (1 - fidelity.error):.1f}% of what the prompt does (error {fidelity.error:.4f})."
-    if fidelity.recovered is not None:
-        text += (
-            f" It carries {100 * max(0.0, fidelity.recovered):.0f}% of the emphasis: without its weights the prompt "
-            f"has error {fidelity.unweighted_error:.4f}."
-        )
-    for fitted, where in ((True, "In the sentences it was made for"), (False, "In other sentences")):
-        shares = fidelity.sentence_error(fitted)
-        if shares:
-            text += (
-                f"\n{where} its error is {shares['median']:.2f} of that without weights (median; worst "
-                f"{shares['worst']:.2f}; above 1 is worse than leaving the weights out)."
-            )
-    return text
 
 
 def _measure(args: argparse.Namespace) -> int:
     from lib_estimate import embedding_file, job
-    from lib_estimate.fidelity import Fidelity
+    from lib_estimate.fidelity import Fidelity, result_sentence
     from lib_estimate.hosts.standalone import StandaloneHost
 
     request = _filled(EstimateRequest, args)
@@ -330,6 +323,18 @@ def _demo(args: argparse.Namespace) -> int:
         "the first two columns should look alike, the third differs\n"
         f"{plot}\n    how the error fell while learning; the dashed line is the prompt without its weights\n"
     )
+    return 0
+
+
+def _ui(args: argparse.Namespace) -> int:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        from lib_estimate import standalone_tab
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise EstimateError("The tab needs Gradio: pip install -e '.[ui]'") from error
+    standalone_tab.launch(_filled(ModelOptions, args), args.out, args.port, browser=not args.no_browser)
     return 0
 
 

@@ -181,3 +181,21 @@ def _difference(pictures: dict[str, Tensor], name: str) -> float | None:
     if name not in pictures:
         return None
     return float((pictures[name] - pictures["prompt"]).abs().mean())
+
+
+def result_sentence(fidelity: Fidelity, name: str) -> str:
+    """The figures in words."""
+    text = f"{name} does {100 * (1 - fidelity.error):.1f}% of what the prompt does (error {fidelity.error:.4f})."
+    if fidelity.recovered is not None:
+        text += (
+            f" It carries {100 * max(0.0, fidelity.recovered):.0f}% of the emphasis: without its weights the prompt "
+            f"has error {fidelity.unweighted_error:.4f}."
+        )
+    for fitted, where in ((True, "In the sentences it was made for"), (False, "In other sentences")):
+        shares = fidelity.sentence_error(fitted)
+        if shares:
+            text += (
+                f"\n{where} its error is {shares['median']:.2f} of that without weights (median; worst "
+                f"{shares['worst']:.2f}; above 1 is worse than leaving the weights out)."
+            )
+    return text

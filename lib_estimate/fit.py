@@ -51,6 +51,7 @@ class StepReport:
     seconds_left: float
     error: float | None
     best_error: float
+    start_error: float  # of the vectors the stage started from
 
 
 @dataclass
@@ -113,7 +114,9 @@ class Fit:
             seconds = time.perf_counter() - started
             left = seconds / (step + 1) * (stage.steps - step - 1)
             part, loss = stage.part.value, self.losses[-1]
-            yield StepReport(part, step + 1, stage.steps, loss, rate, seconds, left, error, self.best_error)
+            yield StepReport(
+                part, step + 1, stage.steps, loss, rate, seconds, left, error, self.best_error, self.start_error
+            )
 
             # reasons to stop
             if self.cancel.wanted is not None:

@@ -1,7 +1,8 @@
-"""The two pictures an estimate leaves: a side-by-side sheet and the learning curve."""
+"""The pictures of an estimate: a side-by-side sheet, the learning curve, and the curve while it still grows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -74,3 +75,46 @@ def curve(path: Path, losses: Sequence[float], errors: Sequence[tuple[int, float
     axes.set_ylabel("0 = same as the prompt, 1 = empty prompt")
     axes.legend()
     figure.savefig(path, dpi=100)
+
+
+CURVE_SIZE = (640, 320)
+MARGIN = 46  # pixels, for the numbers of the axis
+
+
+def live_curve(
+    losses: Sequence[tuple[int, float]], errors: Sequence[tuple[int, float]], unweighted: float | None
+) -> Image.Image:
+    """The curve as it grows, quickly drawn: losses and errors as (step, value) on a logarithmic axis.
+
+    Grey: the loss of each step. Blue: the error on noise not learnt from. Red, dashed: the prompt without its weights.
+    """
+    width, height = CURVE_SIZE
+    out = Image.new("RGB", CURVE_SIZE, "white")
+    pen, font = ImageDraw.Draw(out), _font()
+    values = [v for _, v in (*losses, *errors) if v > 0 and math.isfinite(v)] + ([unweighted] if unweighted else [])
+    if not values:
+        return out
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
+    last = max(step for step, _ in (*losses, *errors))
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        up = (math.log10(max(value, 10**low)) - low) / max(high - low, 1)
+        return MARGIN + step / last * (width - MARGIN - GAP), height - MARGIN / 2 - up * (height - MARGIN)
+
+    for power in range(low, high + 1):
+        y = at(0, 10.0**power)[1]
+        pen.line((MARGIN, y, width - GAP, y), fill=(225, 225, 225))
+        pen.text((4, y - 7), f"{10.0**power:g}", fill=(110, 110, 110), font=font)
+    pen.line([at(s, v) for s, v in losses if v > 0], fill=(165, 165, 165), width=1)
+    for step, error in errors:
+        x, y = at(step, error)
+        pen.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), fill=(30, 100, 200))
+    pen.line([at(s, v) for s, v in errors], fill=(30, 100, 200), width=2)
+    if unweighted:
+        y = at(0, unweighted)[1]
+        for x in range(MARGIN, width - GAP, 12):
+            pen.line((x, y, x + 6, y), fill=(200, 40, 40), width=2)
+    legend = "grey: loss   blue: error on new noise" + ("   red: the prompt without its weights" if unweighted else "")
+    pen.text((MARGIN, 2), legend, fill=(90, 90, 90), font=font)
+    pen.text((MARGIN, height - 18), f"step {last}", fill=(110, 110, 110), font=font)
+    return out

@@ -12,13 +12,13 @@ ORDER = (
     "errors", "choices", "request", "prompt_syntax", "embedding_file",
     "hosts.base", "hosts.denoising", "hosts.checkpoint", "hosts.standalone", "hosts.webui", "hosts.webui_shell",
     "hosts", "sentences", "registry", "target", "queries", "initial", "objectives", "plan", "fit", "fidelity", "job",
-    "plots", "cli", "__main__",
+    "plots", "view", "ui", "standalone_tab", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_TORCH = ("errors", "choices", "request", "prompt_syntax")
 ONLY_IN = {
     "modules": ("hosts.webui", "hosts.webui_shell"),
     "diffusers": ("hosts.checkpoint", "hosts.standalone"),
-    "gradio": ("hosts.webui_shell", "ui"),
+    "gradio": ("hosts.webui_shell", "ui", "standalone_tab"),
     "matplotlib": ("plots",),
 }
 

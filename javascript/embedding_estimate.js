@@ -1,0 +1,46 @@
+// What Gradio can't do: the webui's own progress display, finding a run again after the page was closed, and putting
+// a name into the prompt of another tab. Touches nothing but elements of ours and the prompt it is asked to fill.
+
+const embeddingEstimateTask = "embedding_estimate_task_id";
+
+function embeddingEstimateFollow(id, patience) {
+    const bar = gradioApp().getElementById("embedding_estimate_progress");
+    const preview = gradioApp().getElementById("embedding_estimate_preview");
+    const atEnd = () => localRemove(embeddingEstimateTask);
+    requestProgress(id, bar, preview, atEnd, null, patience);
+    return id;
+}
+
+function embeddingEstimateSubmit(...values) {
+    const id = randomId();
+    localSet(embeddingEstimateTask, id);
+    embeddingEstimateFollow(id, 40);
+    values[0] = id;
+    return values;
+}
+
+function embeddingEstimateRestore() {
+    const id = localGet(embeddingEstimateTask);
+    return id ? embeddingEstimateFollow(id, 0) : "";
+}
+
+function embeddingEstimateSend(name, tab, negative) {
+    const field = gradioApp().querySelector(`#${tab}_${negative ? "neg_prompt" : "prompt"} textarea`);
+    if (!name || !field) {
+        return;
+    }
+    field.value = field.value.trim() ? `${field.value.trimEnd()}, ${name}` : name;
+    updateInput(field);
+    const open = {txt2img: "switch_to_txt2img", img2img: "switch_to_img2img"}[tab];
+    if (typeof window[open] === "function") {
+        window[open]();
+    }
+}
+
+if (typeof onUiLoaded === "function") {
+    onUiLoaded(() => {
+        if (localGet(embeddingEstimateTask)) {
+            gradioApp().getElementById("embedding_estimate_restore")?.click();
+        }
+    });
+}

@@ -1,0 +1,452 @@
+"""The tab, for whatever program it stands in: fields of the request on the left, what comes of them on the right.
+
+One code for the Gradio of A1111 (3.41), of Forge (4.40) and today's: it keeps to what all of them have. What differs
+is `JS`, the name of one keyword.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from lib_estimate.choices import OPTIMIZERS
+from lib_estimate.errors import EstimateError
+from lib_estimate.fidelity import result_sentence
+from lib_estimate.fit import Cancel
+from lib_estimate.hosts.base import Host
+from lib_estimate.job import Outcome
+from lib_estimate.registry import missing_package
+from lib_estimate.request import AUTO_VECTORS, INIT_TEXT, EstimateRequest, Part, Use
+from lib_estimate.view import View, views
+
+log = logging.getLogger(__name__)
+JS = "_js" if gr.__version__.startswith("3.") else "js"
+OUT_OF_MEMORY = "Out of memory. Make the width and height of the generations learnt from, or the batch, smaller."
+
+LABELS = {
+    "negative": "Negative prompt",
+    "target": "Estimate",
+    "name": "Name of the embedding",
+    "overwrite": "Overwrite an existing embedding of this name",
+    "format": "File format",
+    "part": "Training part",
+    "use": "Where will you use it?",
+    "sentence": "The sentence, with {} for the word (one per line)",
+    "vectors": "Vectors",
+    "init": "Initial text",
+    "start": "Start of the vectors",
+    "steps": "Learning steps",
+    "schedule": "Scheduler",
+    "batch": "Noisy latents per step",
+    "queries": "Positions per latent",
+    "memory": "GB for these",
+    "clip_gradient": "Largest norm of the gradient",
+    "ema": "EMA",
+    "cfg_scale": "CFG scale",
+    "sampling_steps": "Sampling steps",
+    "images": "Pictures to compare",
+}
+WORDS = {  # value -> what the tab calls it
+    "prompt": "Prompt",
+    "negative": "Negative prompt",
+    "auto": "Auto",
+    "cross-attention": "Cross-attention",
+    "unet": "U-NET",
+    "transformer": "Transformer",
+    "anywhere": "Anywhere in a prompt",
+    "whole": "As the whole prompt",
+    "sentence": "In this sentence",
+}
+NUMBER = "number"  # the third way to say how many vectors
+COUNTS = {AUTO_VECTORS: "Auto", INIT_TEXT: "From the initial text", NUMBER: "This many:"}
+PART_HELP = {
+    Part.AUTO: "picks by itself what works best",
+    Part.CROSS_ATTENTION: "fast: matches what the text does inside the U-Net, without running it",
+    Part.UNET: "slow and exact: matches the predicted noise",
+    Part.TRANSFORMER: "quick: matches the text encoder alone, and so can't carry emphasis",
+}
+LEARNING = (
+    "steps", "learning_rate", "optimizer", "loss", "schedule", "warmup", "seed", "ema", "patience", "start",
+    "tolerance", "batch", "queries", "memory", "clip_gradient", "trajectories",
+)  # fmt: skip
+GENERATION = ("sampling_steps", "cfg_scale", "width", "height", "images")
+LEFT_OUT = {
+    "out": "the program's own folder of embeddings",
+    "subfolder": "a setting of the program",
+}
+
+
+class Shell(Protocol):
+    """The program the tab stands in."""
+
+    live: bool  # whether the tab itself shows how a run goes on; else the program does, by a mechanism of its own
+
+    def host(self) -> Host:
+        """The host, with its model; EstimateError where there is none."""
+
+    def embeddings_folder(self) -> str:
+        """Where embeddings are."""
+
+    def start_values(self) -> dict[str, Any]:
+        """Request fields that begin with another value than the request's default."""
+
+    def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable:
+        """`run` as the program runs long jobs; `failed`: outputs, but the last, for when it raises."""
+
+    def show(self, view: View) -> None:
+        """Shows how a run goes on, where the tab doesn't."""
+
+    def interrupted(self) -> bool:
+        """Whether the program's own interrupt was pressed."""
+
+    def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None:
+        """A file was saved: its name must work in the next generation."""
+
+    def count_tokens(self, text: str, steps: int, negative: bool) -> str:
+        """Such as 12/75."""
+
+    def send_buttons(self) -> Sequence[str]:
+        """Tabs of the program that have prompts to send the name to."""
+
+    def restore(self, task: str) -> Any:
+        """The outputs of a run that another page started."""
+
+
+def build(shell: Shell) -> gr.Blocks:
+    """The tab."""
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        Tab(shell).lay_out()
+    return blocks
+
+
+def identifier(name: str) -> str:
+    return f"embedding_estimate_{name}"
+
+
+def field_of(name: str) -> dataclasses.Field:
+    return EstimateRequest.__dataclass_fields__[name]
+
+
+def choices_of(name: str) -> dict[str, str]:
+    """value -> word in the menu."""
+    return {value: _word(name, value) for value in field_of(name).metadata["choices"]}
+
+
+def _word(name: str, value: str) -> str:
+    if name == "optimizer" and value in OPTIMIZERS and (package := missing_package(value)):
+        return f"{value} (needs the package {package})"
+    return WORDS.get(value, value)
+
+
+def component(name: str, value: Any) -> Any:
+    """The component of a request field, with its range, choices and help."""
+    item, about = field_of(name), field_of(name).metadata
+    given = {"label": LABELS.get(name, name.replace("_", " ").capitalize()), "elem_id": identifier(name)}
+    value = value.value if isinstance(value, Enum) else value
+    if isinstance(item.default, bool):
+        return gr.Checkbox(value=value, **given)
+    given["info"] = about["help"]
+    if about["choices"] and about["low"] is None:
+        words = choices_of(name)
+        kind = gr.Radio if len(words) <= 4 else gr.Dropdown
+        return kind(choices=list(words.values()), value=words[value], **given)
+    if about["low"] is None:
+        return gr.Textbox(value="\n".join(value) if isinstance(value, tuple) else value, **given)
+    whole = not isinstance(item.default, float)
+    if about["high"] > 200:
+        return gr.Number(value=value, **({"precision": 0} if whole else {}), **given)
+    return gr.Slider(about["low"], about["high"], value=value, step=1 if whole else 0.05, **given)
+
+
+def request_from(values: Mapping[str, Any]) -> EstimateRequest:
+    """The request that the tab's values make; `vectors` and `vector_count` are its two ways to a number."""
+    given = dict(values)
+    count = int(given.pop("vector_count"))
+    way = next(key for key, word in COUNTS.items() if word == given["vectors"])
+    given["vectors"] = count if way == NUMBER else way
+    made = {}
+    for name, value in given.items():
+        default = field_of(name).default
+        if name != "vectors" and field_of(name).metadata["choices"]:
+            value = next((key for key, word in choices_of(name).items() if word == value), value)
+        made[name] = _typed(name, default, value)
+    return EstimateRequest(**made)
+
+
+def _typed(name: str, default: Any, value: Any) -> Any:
+    if isinstance(default, tuple):
+        return tuple(line.strip() for line in (value or "").splitlines() if line.strip())
+    if isinstance(default, Enum):
+        return type(default)(value)
+    if isinstance(default, bool) or name == "vectors":
+        return value
+    if isinstance(default, (int, float)):
+        if value is None:
+            return default
+        return type(default)(value) if float(value) == type(default)(value) else value
+    return (value or "").strip() if name == "name" else value or ""
+
+
+class Tab:
+    """The components of one tab and what happens between them."""
+
+    def __init__(self, shell: Shell) -> None:
+        self.shell = shell
+        self.fields: dict[str, Any] = {}
+        self.cancel: Cancel | None = None  # of the run that goes on
+
+    # ---- layout ----
+
+    def lay_out(self) -> None:
+        with gr.Row(elem_id=identifier("columns")):
+            with gr.Column(scale=1):
+                self._prompts()
+                self._saving()
+                self._buttons()
+                self._method()
+                self._folded("Learning", LEARNING)
+                self._folded("Generations learnt from", GENERATION)
+            with gr.Column(scale=1, elem_id=identifier("results")):
+                self._results()
+        self._connect()
+
+    def _field(self, name: str) -> Any:
+        value = self.shell.start_values().get(name, field_of(name).default)
+        self.fields[name] = component(name, value)
+        return self.fields[name]
+
+    def _prompts(self) -> None:
+        self.counters = {}
+        for name, lines in (("prompt", 3), ("negative", 2)):
+            with gr.Group():
+                self.fields[name] = gr.Textbox(
+                    label=LABELS.get(name, "Prompt"), lines=lines, elem_id=identifier(name),
+                    placeholder="(worst quality:1.4), blurry" if name == "negative" else "a (red:1.6) circle",
+                )  # fmt: skip
+                self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
+        self._field("target")
+
+    def _saving(self) -> None:
+        with gr.Row():
+            self._field("name")
+            self._field("format")
+        self._field("overwrite")
+
+    def _buttons(self) -> None:
+        with gr.Row():
+            self.estimate = gr.Button("Estimate!", variant="primary", elem_id=identifier("estimate"))
+            self.interrupt = gr.Button("Interrupt", elem_id=identifier("interrupt"))
+            self.discard = gr.Button("Interrupt (not save)", elem_id=identifier("discard"))
+
+    def _method(self) -> None:
+        self._field("part")
+        lines = "".join(f"<li><b>{WORDS[part.value]}</b>: {text}</li>" for part, text in PART_HELP.items())
+        gr.HTML(f"<ul>{lines}</ul>", elem_id=identifier("parts"))
+        use = self._field("use")
+        sentence = self._field("sentence")
+        sentence.visible = use.value == WORDS[Use.SENTENCE.value]
+        with gr.Row():
+            self.fields["vectors"] = gr.Radio(
+                choices=list(COUNTS.values()), value=COUNTS[INIT_TEXT], label=LABELS["vectors"],
+                elem_id=identifier("vectors"), info=field_of("vectors").metadata["help"],
+            )  # fmt: skip
+            about = field_of("vectors").metadata
+            self.fields["vector_count"] = gr.Slider(
+                about["low"], about["high"], value=8, step=1, label="Number of vectors", visible=False,
+                elem_id=identifier("vector_count"),
+            )  # fmt: skip
+        self._field("init")
+
+    def _folded(self, title: str, names: Sequence[str]) -> None:
+        with gr.Accordion(title, open=False, elem_id=identifier(title.split()[0].lower())):
+            for left, right in zip(names[::2], [*names[1::2], None], strict=False):
+                with gr.Row():
+                    self._field(left)
+                    if right:
+                        self._field(right)
+
+    def _results(self) -> None:
+        self.task = gr.Textbox(visible=False, elem_id=identifier("task"))
+        self.progress = gr.HTML(_idle(), elem_id=identifier("progress"))
+        with gr.Group(elem_id=identifier("preview")):
+            self.curve = gr.Image(
+                label="Loss and error", type="pil", interactive=False, elem_id=identifier("curve"), show_label=True
+            )
+        self.gallery = gr.Gallery(
+            label="Prompt, embedding, prompt without its weights; each row from the same noise",
+            elem_id=identifier("gallery"), columns=3,
+        )  # fmt: skip
+        self.result = gr.HTML("", elem_id=identifier("result"))
+        self.done = gr.Textbox(visible=False, elem_id=identifier("saved_name"))
+        with gr.Row(elem_id=identifier("send")):
+            self.copy = gr.Button("Copy name", elem_id=identifier("copy"))
+            self.send = {
+                (tab, side): gr.Button(f"Send to {tab} {side}", elem_id=identifier(f"send_{tab}_{side}"))
+                for tab in self.shell.send_buttons()
+                for side in ("prompt", "negative")
+            }
+        self.footer = gr.HTML("", elem_id=identifier("footer"))
+        self.restored = gr.Button(visible=False, elem_id=identifier("restore"))
+
+    @property
+    def outputs(self) -> list[Any]:
+        """In the order of `_shown`. A webui adds its own text to the last."""
+        return [self.progress, self.curve, self.gallery, self.result, self.done, self.footer]
+
+    # ---- events ----
+
+    def _connect(self) -> None:
+        inputs = [self.task, *self.fields.values()]
+        if self.shell.live:
+            self.estimate.click(self._run_live, inputs=inputs, outputs=self.outputs, show_progress="hidden")
+        else:
+            run = self.shell.wrap(self._run_through, [gr.update()] * (len(self.outputs) - 1))
+            submit = {JS: "embeddingEstimateSubmit"}
+            self.estimate.click(run, inputs=inputs, outputs=self.outputs, show_progress="hidden", **submit)
+            self.restored.click(
+                self.shell.restore, inputs=[self.task], outputs=self.outputs, show_progress="hidden",
+                **{JS: "embeddingEstimateRestore"},
+            )  # fmt: skip
+        for button, wanted in ((self.interrupt, "save"), (self.discard, "discard")):
+            button.click(lambda wanted=wanted: self._stop(wanted), inputs=[], outputs=[], queue=False)
+        for name, counter in self.counters.items():
+            self.fields[name].change(
+                lambda text, steps, negative=name == "negative": self._count(text, steps, negative),
+                inputs=[self.fields[name], self.fields["sampling_steps"]], outputs=[counter], queue=False,
+                show_progress="hidden",
+            )  # fmt: skip
+        self._connect_visibility()
+        self._connect_name()
+
+    def _connect_visibility(self) -> None:
+        for source, shown, when in (
+            ("use", "sentence", WORDS[Use.SENTENCE.value]),
+            ("vectors", "vector_count", COUNTS[NUMBER]),
+        ):
+            self.fields[source].change(
+                lambda value, when=when: gr.update(visible=value == when),
+                inputs=[self.fields[source]], outputs=[self.fields[shown]], queue=False, show_progress="hidden",
+            )  # fmt: skip
+
+    def _connect_name(self) -> None:
+        copy = "(name) => { if (name) navigator.clipboard.writeText(name); }"
+        self.copy.click(None, inputs=[self.done], outputs=[], **{JS: copy})
+        for (tab, side), button in self.send.items():
+            send = f"(name) => {{ embeddingEstimateSend(name, '{tab}', {'true' if side == 'negative' else 'false'}); }}"
+            button.click(None, inputs=[self.done], outputs=[], **{JS: send})
+
+    def _count(self, text: str, steps: float, negative: bool) -> str:
+        try:
+            return f"<span>{html.escape(self.shell.count_tokens(text or '', int(steps or 1), negative))} tokens</span>"
+        except EstimateError:  # while somebody is still typing
+            return ""
+
+    def _stop(self, wanted: str) -> None:
+        """Stops the run that goes on; where none does, nothing is remembered."""
+        cancel = self.cancel
+        if cancel is not None:
+            cancel.save() if wanted == "save" else cancel.discard()
+
+    # ---- a run ----
+
+    def _run_live(self, task: str, *values: Any) -> Iterator[list[Any]]:
+        yield from self._run(values)
+
+    def _run_through(self, task: str, *values: Any) -> list[Any]:
+        shown: list[Any] = []
+        for shown in self._run(values):  # noqa: B007 (the last one counts)
+            pass
+        return shown
+
+    def _run(self, values: Sequence[Any]) -> Iterator[list[Any]]:
+        """Runs an estimate; yields what to show. Whatever goes wrong becomes a sentence."""
+        cancel = self.cancel = Cancel()
+        try:
+            given = dict(zip(self.fields, values, strict=True))
+            more = {name: self.shell.start_values().get(name, field_of(name).default) for name in LEFT_OUT}
+            request = request_from({**more, **given, "out": self.shell.embeddings_folder()})
+            yield self._shown(progress=_bar(0.0, None, "Starting"), result="", done="")
+            for view in views(request, self.shell.host(), cancel):
+                if self.shell.interrupted() and cancel.wanted is None:
+                    cancel.save()
+                self.shell.show(view)
+                if view.outcome is not None:
+                    yield self._finished(request, view)
+                elif self.shell.live:
+                    yield self._shown(
+                        progress=_bar(view.fraction, view.seconds_left, view.words), curve=view.curve,
+                        result=_notes(view.notes),
+                    )  # fmt: skip
+        except EstimateError as error:
+            log.info("Refused or stopped: %s", error)
+            yield self._failed(str(error))
+        except MemoryError:
+            yield self._failed(OUT_OF_MEMORY)
+        except Exception as error:  # the last place where it can become a sentence
+            log.exception("The estimate failed")
+            memory = "out of memory" in str(error).lower()
+            yield self._failed(OUT_OF_MEMORY if memory else f"Unexpected {type(error).__name__}: {error}")
+        finally:
+            self.cancel = None
+
+    def _finished(self, request: EstimateRequest, view: View) -> list[Any]:
+        outcome = view.outcome
+        pictures, name = gallery(outcome), outcome.embedding.name
+        sentence = result_sentence(outcome.fidelity, name)
+        own = next((image for image, title in pictures if title == name), None)
+        self.shell.saved(request, outcome.path, own, f"{sentence}\n\n{request.text}")
+        text = "<br>".join(map(html.escape, sentence.splitlines()))
+        use = f"Write <b>{html.escape(name)}</b> in your {WORDS[request.target.value].lower()}."
+        return self._shown(
+            progress=_bar(1.0, None, f"Saved {outcome.path}"), curve=view.curve, gallery=pictures,
+            result=f"<p class='good'>{text}<br>{use}</p>{_notes(view.notes)}", done=name,
+        )  # fmt: skip
+
+    def _failed(self, sentence: str) -> list[Any]:
+        return self._shown(progress=_idle(), result=f"<p class='bad'>{html.escape(sentence)}</p>", done="")
+
+    def _shown(self, **changes: Any) -> list[Any]:
+        """Outputs, in their order; what isn't named stays as it is. The footer is emptied: the webui adds to it."""
+        names = ("progress", "curve", "gallery", "result", "done")
+        return [gr.update() if changes.get(name) is None else changes[name] for name in names] + [""]
+
+
+def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
+    """Pictures row by row, each with its title."""
+    titles = {"prompt": "prompt", "embedding": outcome.embedding.name, "unweighted": "without weights"}
+    columns = {
+        titles[name]: [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in batch]
+        for name, batch in outcome.fidelity.pictures.items()
+    }
+    rows = max(map(len, columns.values()), default=0)
+    return [(images[row], title) for row in range(rows) for title, images in columns.items()]
+
+
+def _bar(fraction: float, seconds_left: float | None, words: str) -> str:
+    left = f", about {_duration(seconds_left)} left" if seconds_left else ""
+    share = f"{100 * fraction:.0f}%"
+    return (
+        f"<div class='bar'><div style='width:{share}'></div></div>"
+        f"<p>{share}{left}</p><p class='words'>{html.escape(words)}</p>"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _idle() -> str:
+    return "<p class='words'>Type a prompt and a name, then press Estimate!</p>"
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return "".join(f"<p class='note'>{html.escape(note)}</p>" for note in notes)

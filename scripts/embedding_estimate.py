@@ -1,0 +1,14 @@
+"""What the webui executes: puts the tab and the settings of lib_estimate into it."""
+
+from modules import script_callbacks
+
+from lib_estimate import ui
+from lib_estimate.hosts import webui_shell
+
+
+def tab() -> list:
+    return [(ui.build(webui_shell.WebuiShell()), "Embedding Estimate", "embedding_estimate")]
+
+
+script_callbacks.on_ui_settings(webui_shell.add_settings)
+script_callbacks.on_ui_tabs(tab)
