@@ -66,6 +66,7 @@ WORDS = {  # value -> what the tab calls it
     "whole": "As the whole prompt",
     "sentence": "In this sentence",
 }
+SAID_ELSEWHERE = ("target", "name", "format", "part", "use", "sentence")  # their help would repeat what stands beside
 NUMBER = "number"  # the third way to say how many vectors
 COUNTS = {AUTO_VECTORS: "Auto", INIT_TEXT: "From the initial text", NUMBER: "This many:"}
 PART_HELP = {
@@ -154,7 +155,8 @@ def component(name: str, value: Any) -> Any:
     value = value.value if isinstance(value, Enum) else value
     if isinstance(item.default, bool):
         return gr.Checkbox(value=value, **given)
-    given["info"] = about["help"]
+    if name not in SAID_ELSEWHERE:
+        given["info"] = about["help"]
     if about["choices"] and about["low"] is None:
         words = choices_of(name)
         kind = gr.Radio if len(words) <= 4 else gr.Dropdown
@@ -227,12 +229,11 @@ class Tab:
     def _prompts(self) -> None:
         self.counters = {}
         for name, lines in (("prompt", 3), ("negative", 2)):
-            with gr.Group():
-                self.fields[name] = gr.Textbox(
-                    label=LABELS.get(name, "Prompt"), lines=lines, elem_id=identifier(name),
-                    placeholder="(worst quality:1.4), blurry" if name == "negative" else "a (red:1.6) circle",
-                )  # fmt: skip
-                self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
+            self.fields[name] = gr.Textbox(
+                label=LABELS.get(name, "Prompt"), lines=lines, elem_id=identifier(name),
+                placeholder="(worst quality:1.4), blurry" if name == "negative" else "a (red:1.6) circle",
+            )  # fmt: skip
+            self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
         self._field("target")
 
     def _saving(self) -> None:
@@ -257,7 +258,7 @@ class Tab:
         with gr.Row():
             self.fields["vectors"] = gr.Radio(
                 choices=list(COUNTS.values()), value=COUNTS[INIT_TEXT], label=LABELS["vectors"],
-                elem_id=identifier("vectors"), info=field_of("vectors").metadata["help"],
+                elem_id=identifier("vectors"), info="Auto: as few as keep the error below the tolerance",
             )  # fmt: skip
             about = field_of("vectors").metadata
             self.fields["vector_count"] = gr.Slider(
@@ -277,10 +278,8 @@ class Tab:
     def _results(self) -> None:
         self.task = gr.Textbox(visible=False, elem_id=identifier("task"))
         self.progress = gr.HTML(_idle(), elem_id=identifier("progress"))
-        with gr.Group(elem_id=identifier("preview")):
-            self.curve = gr.Image(
-                label="Loss and error", type="pil", interactive=False, elem_id=identifier("curve"), show_label=True
-            )
+        with gr.Column(elem_id=identifier("preview")):
+            self.curve = gr.Image(label="Loss and error", type="pil", interactive=False, elem_id=identifier("curve"))
         self.gallery = gr.Gallery(
             label="Prompt, embedding, prompt without its weights; each row from the same noise",
             elem_id=identifier("gallery"), columns=3,
@@ -373,7 +372,7 @@ class Tab:
         try:
             given = dict(zip(self.fields, values, strict=True))
             more = {name: self.shell.start_values().get(name, field_of(name).default) for name in LEFT_OUT}
-            request = request_from({**more, **given, "out": self.shell.embeddings_folder()})
+            request = request_from({**more, **given, "out": self.shell.embeddings_folder()}).validate()
             yield self._shown(progress=_bar(0.0, None, "Starting"), result="", done="")
             for view in views(request, self.shell.host(), cancel):
                 if self.shell.interrupted() and cancel.wanted is None:
