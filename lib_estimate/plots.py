@@ -115,6 +115,6 @@ def live_curve(
         for x in range(MARGIN, width - GAP, 12):
             pen.line((x, y, x + 6, y), fill=(200, 40, 40), width=2)
     legend = "grey: loss   blue: error on new noise" + ("   red: the prompt without its weights" if unweighted else "")
-    pen.text((MARGIN, 2), legend, fill=(90, 90, 90), font=font)
-    pen.text((MARGIN, height - 18), f"step {last}", fill=(110, 110, 110), font=font)
+    # Below, because a tab puts its own label over the upper corner.
+    pen.text((MARGIN, height - 18), f"step {last}   {legend}", fill=(90, 90, 90), font=font)
     return out

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from lib_estimate import ui
-from lib_estimate.hosts.standalone import StandaloneHost
+from lib_estimate.hosts.standalone import StandaloneHost, StandaloneSession
 from lib_estimate.request import EstimateRequest, ModelOptions
 from lib_estimate.view import View
 
@@ -47,11 +47,15 @@ class StandaloneShell:
         """The folder is read anew at the next run."""
 
     def count_tokens(self, text: str, steps: int, negative: bool) -> str:
-        with self.model.session() as session:
+        # Not `model.session()`: one that ends inside a run would let the weights learn again.
+        session = StandaloneSession(self.model)
+        try:
             pieces = {text for part in session.read(text, steps, negative=negative) for _, text in part.texts}
             most = max((session.tokens(piece) for piece in pieces), key=len)
             used = [sum(max(token.vectors, 1) for token in chunk) for chunk in most]
             length = session.info.chunk_length
+        finally:
+            session.close()
         return f"{length * (len(used) - 1) + used[-1]}/{length * len(used)}"
 
     def send_buttons(self) -> Sequence[str]:

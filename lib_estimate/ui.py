@@ -172,7 +172,7 @@ def component(name: str, value: Any) -> Any:
 def request_from(values: Mapping[str, Any]) -> EstimateRequest:
     """The request that the tab's values make; `vectors` and `vector_count` are its two ways to a number."""
     given = dict(values)
-    count = int(given.pop("vector_count"))
+    count = int(given.pop("vector_count") or 0)  # an emptied field is refused as 0
     way = next(key for key, word in COUNTS.items() if word == given["vectors"])
     given["vectors"] = count if way == NUMBER else way
     made = {}
@@ -224,6 +224,8 @@ class Tab:
     def _field(self, name: str) -> Any:
         value = self.shell.start_values().get(name, field_of(name).default)
         self.fields[name] = component(name, value)
+        # Else the webui's memory of fields would win over its settings page for good.
+        self.fields[name].do_not_save_to_config = name in self.shell.start_values()
         return self.fields[name]
 
     def _prompts(self) -> None:
@@ -254,7 +256,8 @@ class Tab:
         gr.HTML(f"<ul>{lines}</ul>", elem_id=identifier("parts"))
         use = self._field("use")
         sentence = self._field("sentence")
-        sentence.visible = use.value == WORDS[Use.SENTENCE.value]
+        # A webui may put remembered values in later, so there these two begin visible.
+        sentence.visible = not self.shell.live or use.value == WORDS[Use.SENTENCE.value]
         with gr.Row():
             self.fields["vectors"] = gr.Radio(
                 choices=list(COUNTS.values()), value=COUNTS[INIT_TEXT], label=LABELS["vectors"],
@@ -262,7 +265,7 @@ class Tab:
             )  # fmt: skip
             about = field_of("vectors").metadata
             self.fields["vector_count"] = gr.Slider(
-                about["low"], about["high"], value=8, step=1, label="Number of vectors", visible=False,
+                about["low"], about["high"], value=8, step=1, label="Number of vectors", visible=not self.shell.live,
                 elem_id=identifier("vector_count"),
             )  # fmt: skip
         self._field("init")
@@ -279,7 +282,9 @@ class Tab:
         self.task = gr.Textbox(visible=False, elem_id=identifier("task"))
         self.progress = gr.HTML(_idle(), elem_id=identifier("progress"))
         with gr.Column(elem_id=identifier("preview")):
-            self.curve = gr.Image(label="Loss and error", type="pil", interactive=False, elem_id=identifier("curve"))
+            self.curve = gr.Image(
+                label="Loss and error", type="pil", interactive=False, height=320, elem_id=identifier("curve")
+            )
         self.gallery = gr.Gallery(
             label="Prompt, embedding, prompt without its weights; each row from the same noise",
             elem_id=identifier("gallery"), columns=3,
@@ -289,7 +294,7 @@ class Tab:
         with gr.Row(elem_id=identifier("send")):
             self.copy = gr.Button("Copy name", elem_id=identifier("copy"))
             self.send = {
-                (tab, side): gr.Button(f"Send to {tab} {side}", elem_id=identifier(f"send_{tab}_{side}"))
+                (tab, side): gr.Button(f"To {tab} {side}", elem_id=identifier(f"send_{tab}_{side}"))
                 for tab in self.shell.send_buttons()
                 for side in ("prompt", "negative")
             }
@@ -312,7 +317,7 @@ class Tab:
             submit = {JS: "embeddingEstimateSubmit"}
             self.estimate.click(run, inputs=inputs, outputs=self.outputs, show_progress="hidden", **submit)
             self.restored.click(
-                self.shell.restore, inputs=[self.task], outputs=self.outputs, show_progress="hidden",
+                self._restore, inputs=[self.task], outputs=self.outputs, show_progress="hidden",
                 **{JS: "embeddingEstimateRestore"},
             )  # fmt: skip
         for button, wanted in ((self.interrupt, "save"), (self.discard, "discard")):
@@ -354,6 +359,13 @@ class Tab:
         cancel = self.cancel
         if cancel is not None:
             cancel.save() if wanted == "save" else cancel.discard()
+
+    def _restore(self, task: str) -> Sequence[Any]:
+        found = self.shell.restore(task) if task else None
+        if found is not None and len(found) == len(self.outputs):
+            return found
+        # A webui that has forgotten the run gives outputs of its own tabs, which are fewer.
+        return self._failed("The results of the run from before can't be shown any more; what it saved is there.")
 
     # ---- a run ----
 
@@ -402,13 +414,25 @@ class Tab:
         pictures, name = gallery(outcome), outcome.embedding.name
         sentence = result_sentence(outcome.fidelity, name)
         own = next((image for image, title in pictures if title == name), None)
-        self.shell.saved(request, outcome.path, own, f"{sentence}\n\n{request.text}")
+        notes = [*view.notes, *self._taken_in(request, outcome.path, own, f"{sentence}\n\n{request.text}")]
+        worth = outcome.fidelity.recovered is None or outcome.fidelity.recovered > 0
         text = "<br>".join(map(html.escape, sentence.splitlines()))
         use = f"Write <b>{html.escape(name)}</b> in your {WORDS[request.target.value].lower()}."
         return self._shown(
             progress=_bar(1.0, None, f"Saved {outcome.path}"), curve=view.curve, gallery=pictures,
-            result=f"<p class='good'>{text}<br>{use}</p>{_notes(view.notes)}", done=name,
+            result=f"<p class='{'good' if worth else 'bad'}'>{text}<br>{use}</p>{_notes(notes)}", done=name,
         )  # fmt: skip
+
+    def _taken_in(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> list[str]:
+        """Tells the program of the new file; a note where that fails, because the file itself is saved by then."""
+        try:
+            self.shell.saved(request, path, picture, description)
+        except Exception:
+            log.exception("The program could not take in %s", path)
+            return [
+                "The file is saved, but the program could not read it in; the log says why. Refresh its embeddings."
+            ]
+        return []
 
     def _failed(self, sentence: str) -> list[Any]:
         return self._shown(progress=_idle(), result=f"<p class='bad'>{html.escape(sentence)}</p>", done="")

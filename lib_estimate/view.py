@@ -13,7 +13,7 @@ from lib_estimate import job
 from lib_estimate.fit import Cancel, StepReport
 from lib_estimate.hosts.base import Host
 from lib_estimate.plots import live_curve
-from lib_estimate.request import EstimateRequest
+from lib_estimate.request import EstimateRequest, Part, Use
 
 CURVE_EVERY = 1.0  # seconds
 # Where a phase begins in the whole job, as shares of its time. Rough: they only have to move on evenly.
@@ -45,6 +45,7 @@ class View:
 class Watcher:
     """Turns a job's progress into views."""
 
+    request: EstimateRequest
     started: float = field(default_factory=time.monotonic)
     fraction: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -98,11 +99,16 @@ class Watcher:
         if not self.losses or (outcome is None and now - self.drawn < CURVE_EVERY):
             return None
         self.drawn = now
-        return live_curve(self.losses, self.errors, outcome.fidelity.unweighted_error if outcome else None)
+        return live_curve(self.losses, self.errors, self._unweighted(outcome))
+
+    def _unweighted(self, outcome: job.Outcome | None) -> float | None:
+        """The error without weights, where the curve's errors are on its scale: learnt in sentences, they are not."""
+        in_sentences = self.request.use is Use.ANYWHERE and self.request.part in (Part.AUTO, Part.CROSS_ATTENTION)
+        return None if outcome is None or in_sentences else outcome.fidelity.unweighted_error
 
 
 def views(request: EstimateRequest, host: Host, cancel: Cancel) -> Iterator[View]:
     """Runs an estimate and shows how it goes; the last view has the outcome. Raises what `job.estimate` raises."""
-    watcher = Watcher()
+    watcher = Watcher(request)
     for progress in job.estimate(request, host, cancel):
         yield watcher.see(progress)

@@ -105,8 +105,41 @@ def test_an_interrupt_without_a_run_is_forgotten(tab) -> None:
 def test_a_wrong_value_becomes_a_sentence(tab) -> None:
     given = list(values(tab, prompt="").values())
     *_, shown = tab._run(given)
-    assert "There is nothing to estimate" in shown[3]
+    assert "there is nothing to estimate" in shown[3]
     assert "bad" in shown[3]
+
+
+def test_an_emptied_number_of_vectors_is_refused_in_words(tab) -> None:
+    with pytest.raises(RequestError, match="vectors is 0"):
+        ui.request_from(values(tab, prompt=PROMPT, vectors=ui.COUNTS[ui.NUMBER], vector_count=None)).validate()
+
+
+def test_values_of_the_settings_page_are_not_remembered_elsewhere(tab) -> None:
+    assert tab.fields["part"].do_not_save_to_config
+    assert not tab.fields["use"].do_not_save_to_config
+
+
+def test_a_run_that_is_forgotten_still_fills_every_output(tab, monkeypatch) -> None:
+    for found in (None, ["too", "few"]):
+        monkeypatch.setattr(tab.shell, "restore", lambda task, found=found: found, raising=False)
+        assert len(tab._restore("task(1)")) == len(tab.outputs)
+
+
+def test_a_program_that_fails_to_take_a_file_in_is_a_note(tab, monkeypatch, tmp_path) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(tab.shell, "saved", fail, raising=False)
+    (note,) = tab._taken_in(EstimateRequest(), tmp_path / "x.pt", None, "")
+    assert "is saved" in note
+
+
+def test_counting_tokens_leaves_the_weights_of_a_run_frozen(tmp_path) -> None:
+    shell = standalone_tab.StandaloneShell(ModelOptions(model=str(SHAPES_SD), device="cpu"), str(tmp_path))
+    with shell.model.session(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shell.model, "session", None)  # a session of its own would give the weights back
+        assert shell.count_tokens(PROMPT, 20, False) == "3/75"
+        assert not any(p.requires_grad for p in shell.model.parts.unet.parameters())
 
 
 @pytest.fixture
