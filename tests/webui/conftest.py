@@ -18,3 +18,8 @@ def real_host(tmp_path_factory) -> Iterator[RealHost]:
     python = Path(os.environ.get("WEBUI_PYTHON", Path(ROOT) / "venv" / "bin" / "python"))
     with RealHost(Path(ROOT), python, tmp_path_factory.mktemp("webui")) as host:
         yield host
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not ROOT:
+        terminalreporter.write_line("Skipped: everything in the real webui (set WEBUI_ROOT to a checkout of it).")
