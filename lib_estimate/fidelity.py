@@ -19,7 +19,7 @@ from lib_estimate.request import EstimateRequest, Use
 from lib_estimate.target import HELD_OUT, PICTURES, Bank, Target, build_bank, build_target, latent_noise, noise_under
 
 SEEDS = 4  # noise that is measured on
-OFFSET = 0.46  # its timesteps lie between those learnt from
+OFFSET = -0.46  # its timesteps lie between those of a generation
 SENTENCES = 6
 SENTENCE_SEEDS, SENTENCE_STEPS = 2, 10  # of each sentence's own measurement
 

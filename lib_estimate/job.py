@@ -22,15 +22,13 @@ from lib_estimate.fit import Cancel, Fit, StepReport
 from lib_estimate.hosts.base import Host, ModelInfo, Session
 from lib_estimate.initial import initial_vectors
 from lib_estimate.objectives import CrossAttention, Denoising, HiddenState, InSentences, Objective, Together
-from lib_estimate.plan import Stage
+from lib_estimate.plan import Recording, Stage
 from lib_estimate.queries import Queries, Recorder
 from lib_estimate.registry import LOSSES
 from lib_estimate.request import AUTO_VECTORS, HOLE, EstimateRequest, Part, Start, Use
 from lib_estimate.sentences import distinct
-from lib_estimate.target import TRAIN, VALIDATION, Bank, Target, build_bank, build_target, latent_noise
+from lib_estimate.target import TRAIN, VALIDATION, Bank, Target, build_bank, build_target, joined, latent_noise
 
-# Of the validation trajectories: few steps, at timesteps of their own. Two: a single one can favour what is worse.
-CHECK_SEEDS, CHECK_STEPS, CHECK_OFFSET = 2, 5, -0.5
 CHECK_SENTENCES = 8
 FLOAT16_LOSS_SCALE = 4096.0
 
@@ -77,6 +75,7 @@ class Material:
     bank: Bank
     checks: Bank
     queries: Queries
+    check_queries: Queries  # met on the way to `checks`
 
 
 def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None) -> Iterator[Progress]:
@@ -170,17 +169,21 @@ def _materials(request: EstimateRequest, session: Session, alone: Target, cancel
 
 
 def _material(request: EstimateRequest, session: Session, target: Target, cancel: Cancel) -> Iterator[Phase]:
-    count, steps = plan.trajectories(request), request.sampling_steps
-    recorder = Recorder(request.queries, steps, int(request.memory * 2**30), request.seed)
-    noise = latent_noise(request, session, TRAIN, count)
-    sampling = build_bank(session, target, noise, request.cfg_scale, references=False, watch=recorder.see)
-    bank = yield from _sampled("Recording the target", sampling, steps, cancel)
-    noise = latent_noise(request, session, VALIDATION, CHECK_SEEDS)
-    sampling = build_bank(
-        session, target, noise, request.cfg_scale, steps=CHECK_STEPS, offset=CHECK_OFFSET, plain=False
-    )
-    checks = yield from _sampled("Recording checks", sampling, CHECK_STEPS, cancel)
-    return Material(target, bank, checks, recorder.queries())
+    def recorded(phase: str, region: int, what: Recording, **how: Any) -> Iterator[Phase]:
+        ways = len(what.offsets)
+        recorder = Recorder(request.queries, ways * what.steps, int(request.memory * 2**30) // 2, request.seed)
+        noise = latent_noise(request, session, region, ways * what.count).split(what.count)
+        banks = []
+        for part, offset in zip(noise, what.offsets, strict=True):
+            how |= {"steps": what.steps, "offset": offset, "watch": recorder.see}
+            sampling = build_bank(session, target, part, request.cfg_scale, **how)
+            banks.append((yield from _sampled(phase, sampling, what.steps, cancel)))
+        bank, order = joined(banks)
+        return bank, recorder.queries(bank.step, order)
+
+    bank, queries = yield from recorded("Recording the target", TRAIN, plan.recording(request), references=False)
+    checks, check_queries = yield from recorded("Recording checks", VALIDATION, plan.CHECKS, plain=False)
+    return Material(target, bank, checks, queries, check_queries)
 
 
 def _sampled(phase: str, sampling: Iterator[int | Bank], steps: int, cancel: Cancel) -> Iterator[Phase]:
@@ -209,12 +212,15 @@ def _learn(
     request: EstimateRequest, session: Session, materials: list[Material], start: Vectors, cancel: Cancel
 ) -> Iterator[Note | StepReport]:
     """Runs the planned stages one after the other, each from the best vectors of the one before."""
-    target = materials[0].target
+    target, denoising = materials[0].target, validator(session, materials, Part.UNET)
     planned = plan.stages(request, composed=target.composed(), steady=target.single() is not None)
     if request.use is Use.ANYWHERE and request.part in (Part.AUTO, Part.CROSS_ATTENTION) and target.single() is None:
         yield Note("The prompt changes from step to step or has AND, so the embedding is made to be the whole prompt.")
     run = Run(start, [], [], "")
     for stage in planned:
+        if run.stages and stage.part is Part.UNET:  # the stage before was not judged by what the U-Net makes of it
+            run.best = min(run.best, start, key=denoising)
+        stage = stage.sized(run.best)
         objective, validate = _objective(request, session, materials, stage)
         scale = FLOAT16_LOSS_SCALE if session.info.dtype is torch.float16 else 1.0
         fit = Fit(stage, request, objective, run.best, validate, cancel, scale)
@@ -243,8 +249,11 @@ def _objective(
             return CrossAttention(session, m.target, m.queries, distance)
         return Denoising(session, m.target, m.bank, m.checks, distance, request.batch)
 
-    objectives = [objective(m) for m in materials]
-    return objectives[0] if len(objectives) == 1 else Together(objectives), _validator(session, materials)
+    return _together([objective(m) for m in materials]), validator(session, materials, stage.part)
+
+
+def _together(objectives: list[Objective]) -> Objective:
+    return objectives[0] if len(objectives) == 1 else Together(objectives)
 
 
 def _in_sentences(
@@ -263,10 +272,20 @@ def _in_sentences(
     return objective, error
 
 
-def _validator(session: Session, materials: list[Material]) -> Callable[[Vectors], float]:
+def validator(session: Session, materials: list[Material], part: Part) -> Callable[[Vectors], float]:
+    """The error that vectors are judged by in a part, on noise that isn't learnt from.
+
+    Cross-attention is judged by its own outputs: a look at the U-Net's would cost more than all steps in between.
+    """
+    if part is Part.CROSS_ATTENTION:
+        together = _together([CrossAttention(session, m.target, m.check_queries, LOSSES["MSE"]) for m in materials])
+        drawn = together.draw(torch.Generator(), True)
+
+    @torch.no_grad()
     def error(vectors: Vectors) -> float:
-        with torch.no_grad():
-            errors = [denoising_error(session, m.checks, m.target.embed(session, vectors)) for m in materials]
+        if part is Part.CROSS_ATTENTION:
+            return float(together.loss(vectors, drawn))
+        errors = [denoising_error(session, m.checks, m.target.embed(session, vectors)) for m in materials]
         return sum(errors) / len(errors)
 
     return error
@@ -286,21 +305,21 @@ def _start(
         return initial_vectors(request, session), {}
     most = len(next(iter(initial_vectors(replace(request, vectors="init_text"), session).values())))
     candidates = [*(count for count in COUNTS if count < most), most]
-    validate, errors = _validator(session, materials), {}
+    denoising, errors = validator(session, materials, Part.UNET), {}
     trial = replace(plan.DEFAULTS[Part.CROSS_ATTENTION], steps=TRIAL_STEPS)
     if materials[0].target.composed():
         trial = replace(plan.DEFAULTS[Part.UNET], steps=TRIAL_STEPS)
     for number, count in enumerate(candidates):
         yield Phase("Trying numbers", number, len(candidates))
         start = initial_vectors(replace(request, vectors=count, start=Start.POOLED), session)
-        objective, _ = _objective(replace(request, use=Use.WHOLE), session, materials, trial)
+        objective, validate = _objective(replace(request, use=Use.WHOLE), session, materials, trial)
         fit = Fit(trial, replace(request, warmup=0), objective, start, validate, cancel)
         for _ in fit.run():
             pass
-        errors[count] = fit.best_error
+        errors[count] = denoising(fit.best)
         if cancel.wanted is not None:
             raise Interrupted("Interrupted before the learning began. Nothing was saved.")
-        if fit.best_error <= request.tolerance:
+        if errors[count] <= request.tolerance:
             break
     good = [count for count, error in errors.items() if error <= request.tolerance]
     count = good[0] if good else min(errors, key=errors.get)

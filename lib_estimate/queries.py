@@ -39,14 +39,11 @@ class Recorder:
         self.steps, self.budget = steps, budget
         self.generator = torch.Generator().manual_seed(seed)
         self.seen: dict[int, list[Tensor]] = {}
-        self.steps_seen: list[int] = []
 
     def see(self, step: int, layer: int, hidden: Tensor) -> None:
         """hidden `[B, L, C]` entering a layer; all of a batch keep the same positions."""
-        if layer == 0:
-            self.steps_seen += [step] * len(hidden)
-            if step == 1:  # every layer has been seen once
-                self._fit_budget()
+        if step == 1 and layer == 0:  # every layer has been seen once
+            self._fit_budget()
         chosen = torch.randperm(hidden.shape[1], generator=self.generator)[: self.kept]
         self.seen.setdefault(layer, []).append(hidden[:, chosen.to(hidden.device)].detach().clone())
 
@@ -59,7 +56,7 @@ class Recorder:
             for pieces in self.seen.values():
                 pieces[0] = pieces[0][:, : self.kept]
 
-    def queries(self) -> Queries:
-        """All that was seen, ordered as the bank's entries are."""
-        hidden = [torch.cat(self.seen[layer]) for layer in sorted(self.seen)]
-        return Queries(hidden, torch.tensor(self.steps_seen), self.asked, self.kept)
+    def queries(self, step: Tensor, order: Tensor) -> Queries:
+        """All that was seen, in the order `[M]` that the entries of the bank have, whose sampling steps are given."""
+        hidden = [torch.cat(self.seen[layer])[order] for layer in sorted(self.seen)]
+        return Queries(hidden, step, self.asked, self.kept)

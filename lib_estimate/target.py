@@ -209,6 +209,17 @@ def build_bank(
     yield Bank(x=x, timestep=timestep, step=step, target=own.flatten(0, 1), empty=empty, plain=unweighted)
 
 
+def joined(banks: Sequence[Bank]) -> tuple[Bank, Tensor]:
+    """One bank of several, by sampling step, and the order `[M]` in which it has the entries of all of them."""
+    order = torch.cat([bank.step for bank in banks]).argsort(stable=True)
+
+    def rows(field: str) -> Tensor | None:
+        pieces = [getattr(bank, field) for bank in banks]
+        return None if pieces[0] is None else torch.cat(pieces)[order]
+
+    return Bank(*map(rows, ("x", "timestep", "step", "target", "empty", "plain"))), order
+
+
 def _spread(available: int, count: int) -> list[int]:
     """`count` of `available` steps, evenly from the first on."""
     return [step * available // count for step in range(count)]

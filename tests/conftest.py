@@ -51,7 +51,8 @@ def record(session: StandaloneSession, request: EstimateRequest, sentence: str =
     recorder = Recorder(request.queries, request.sampling_steps, 2**30, request.seed)
     noise = latent_noise(request, session, TRAIN, request.trajectories)
     *_, bank = build_bank(session, target, noise, request.cfg_scale, watch=recorder.see)
-    return Material(target, bank, bank, recorder.queries())
+    queries = recorder.queries(bank.step, torch.arange(len(bank)))
+    return Material(target, bank, bank, queries, queries)
 
 
 def all_parameters(host: StandaloneHost) -> list[torch.Tensor]:

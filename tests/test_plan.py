@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lib_estimate import plan
 from lib_estimate.request import EstimateRequest, Part, Use
@@ -44,7 +45,24 @@ def test_another_optimizer_gets_its_own_rate() -> None:
     assert first.learning_rate == ""
 
 
-def test_one_trajectory_is_enough_for_cross_attention() -> None:
-    assert plan.trajectories(BASE) == 1
-    assert plan.trajectories(replace(BASE, part=Part.UNET)) == 4
-    assert plan.trajectories(replace(BASE, trajectories=2)) == 2
+def test_learning_rates_follow_the_size_of_the_vectors() -> None:
+    small, large = ({"clip_l": torch.full((2, 8), size)} for size in (0.01, 1.0))
+    for stage in (*plan.DEFAULTS.values(), plan.IN_SENTENCES, plan.POLISH):
+        rates = [float(stage.sized(vectors).learning_rate) for vectors in (small, large)]
+        assert rates[1] == pytest.approx(rates[0] if stage.optimizer == "LBFGS" else 100 * rates[0], rel=0.05)
+    given = replace(plan.POLISH, learning_rate="0.003")
+    assert given.sized(large) == given
+
+
+def test_what_is_learnt_from_by_default_costs_one_generation_and_what_is_asked_for_is_taken() -> None:
+    short = plan.recording(BASE)
+    assert short.count * short.steps * len(short.offsets) == BASE.sampling_steps
+    assert plan.recording(replace(BASE, part=Part.UNET)).count > 1
+    asked = plan.recording(replace(BASE, trajectories=3))
+    assert (asked.count, asked.steps) == (3, BASE.sampling_steps)
+
+
+def test_checks_are_at_other_timesteps() -> None:
+    """In shares of the distance between two timesteps of recordings with as many steps."""
+    assert plan.recording(BASE).steps == plan.CHECKS.steps
+    assert not set(plan.recording(BASE).offsets) & set(plan.CHECKS.offsets)

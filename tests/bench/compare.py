@@ -117,7 +117,7 @@ def _learn(session: StandaloneSession, request: EstimateRequest, budget: float) 
 def _learn_old_way(session: StandaloneSession, request: EstimateRequest, budget: float) -> Learnt:
     """The old way for as long as the budget lasts. The positions to start its steps from are given to it for free."""
     target = build_target(request, session)
-    seeds = plan.trajectories(replace(request, part=Part.UNET))
+    seeds = plan.recording(replace(request, part=Part.UNET)).count
     bank = trajectories(session, request, target, seeds, references=False)
     steps = 0
     clock = Clock(session.info.device)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lib_estimate import job, plan
 from lib_estimate.embedding_file import Vectors
-from lib_estimate.fidelity import denoising_error
 from lib_estimate.fit import Cancel
 from lib_estimate.hosts.base import Conditioning
 from lib_estimate.hosts.standalone import StandaloneSession
@@ -143,7 +142,7 @@ def _ground(session: StandaloneSession, seed: int) -> Ground:
     target = build_target(request, session)
     recorder = Recorder(size.queries, size.sampling_steps, int(request.memory * 2**30), seed)
     bank = trajectories(session, request, target, 1, plain=False, watch=recorder.see)
-    return Ground(session, request, size, target, bank, recorder.queries())
+    return Ground(session, request, size, target, bank, recorder.queries(bank.step, torch.arange(len(bank))))
 
 
 # ---- one step -----------------------------------------------------------------------------------------------------
@@ -156,11 +155,11 @@ def _cost(
     unmeasured, measured = steps
     split = Split(Clock(ground.session.info.device))
     fit = split.fit()(
-        plan.DEFAULTS[part],
+        plan.DEFAULTS[part].sized(ground.start),
         ground.request,
         Timed(objective, split, network),
         ground.start,
-        _validation(ground),
+        _validation(ground, part),
         Cancel(),
     )
     with split.watching(ground.session, network):
@@ -172,19 +171,16 @@ def _cost(
     return _figures(split, measured, ground.size.checks)
 
 
-def _validation(ground: Ground) -> Callable[[Vectors], float]:
+def _validation(ground: Ground, part: Part) -> Callable[[Vectors], float]:
     """The validation of a stage, over as many latents as by default; or a number at no cost."""
     if not ground.size.checks:
         return lambda _: 1.0
-    count = job.CHECK_SEEDS * job.CHECK_STEPS
-    b, session = ground.bank, ground.session
+    count = plan.CHECKS.count * plan.CHECKS.steps
+    b, q = ground.bank, ground.queries
     checks = Bank(*(rows[:count] for rows in (b.x, b.timestep, b.step, b.target, b.empty)), None)
-
-    @torch.no_grad()
-    def error(vectors: Vectors) -> float:
-        return denoising_error(session, checks, ground.target.embed(session, vectors))
-
-    return error
+    queries = Queries([hidden[:count] for hidden in q.hidden], q.step[:count], q.asked, q.kept)
+    material = job.Material(ground.target, b, checks, q, queries)
+    return job.validator(ground.session, [material], part)
 
 
 def _figures(split: Split, steps: int, checked: bool) -> dict[str, Any]:
