@@ -1,5 +1,5 @@
-// What Gradio can't do: the webui's own progress display, finding a run again after the page was closed, and putting
-// a name into the prompt of another tab. Touches nothing but elements of ours and the prompt it is asked to fill.
+// What Gradio can't do: the webui's own progress display, finding a run again after the page was closed, counting tokens
+// once typing has stopped, and putting a name into the prompt of another tab. Touches nothing but elements of ours and the prompt it is asked to fill.
 
 const embeddingEstimateTask = "embedding_estimate_task_id";
 
@@ -37,8 +37,17 @@ function embeddingEstimateSend(name, tab, negative) {
     }
 }
 
+function embeddingEstimateCount(name) {
+    let waiting = 0;
+    gradioApp().querySelector(`#embedding_estimate_${name} textarea`)?.addEventListener("input", () => {
+        clearTimeout(waiting);
+        waiting = setTimeout(() => gradioApp().getElementById(`embedding_estimate_${name}_recount`)?.click(), 500);
+    });
+}
+
 if (typeof onUiLoaded === "function") {
     onUiLoaded(() => {
+        ["prompt", "negative"].forEach(embeddingEstimateCount);
         if (localGet(embeddingEstimateTask)) {
             gradioApp().getElementById("embedding_estimate_restore")?.click();
         }

@@ -110,7 +110,9 @@ class Fit:
             if (step + 1) % every == 0 or last:
                 before = self.best_error
                 error = self._check(average)
-                since_better = 0 if error < WORTHWHILE * before else since_better + 1
+                # While a falling learning rate is high, an error that stays says nothing about where it will end.
+                settling = stage.schedule == "constant" or step + 1 > stage.steps / 2
+                since_better = 0 if error < WORTHWHILE * before or not settling else since_better + 1
             seconds = time.perf_counter() - started
             left = seconds / (step + 1) * (stage.steps - step - 1)
             part, loss = stage.part.value, self.losses[-1]

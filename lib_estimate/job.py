@@ -21,7 +21,15 @@ from lib_estimate.fidelity import Fidelity, denoising_error, measure, report_sen
 from lib_estimate.fit import Cancel, Fit, StepReport
 from lib_estimate.hosts.base import Host, ModelInfo, Session
 from lib_estimate.initial import initial_vectors
-from lib_estimate.objectives import CrossAttention, Denoising, HiddenState, InSentences, Objective, Together
+from lib_estimate.objectives import (
+    CrossAttention,
+    Denoising,
+    DenoisingInSentences,
+    HiddenState,
+    InSentences,
+    Objective,
+    Together,
+)
 from lib_estimate.plan import Recording, Stage
 from lib_estimate.queries import Queries, Recorder
 from lib_estimate.registry import LOSSES
@@ -212,16 +220,16 @@ def _learn(
     request: EstimateRequest, session: Session, materials: list[Material], start: Vectors, cancel: Cancel
 ) -> Iterator[Note | StepReport]:
     """Runs the planned stages one after the other, each from the best vectors of the one before."""
-    target, denoising = materials[0].target, validator(session, materials, Part.UNET)
+    target = materials[0].target
     planned = plan.stages(request, composed=target.composed(), steady=target.single() is not None)
     if request.use is Use.ANYWHERE and request.part in (Part.AUTO, Part.CROSS_ATTENTION) and target.single() is None:
         yield Note("The prompt changes from step to step or has AND, so the embedding is made to be the whole prompt.")
     run = Run(start, [], [], "")
     for stage in planned:
-        if run.stages and stage.part is Part.UNET:  # the stage before was not judged by what the U-Net makes of it
-            run.best = min(run.best, start, key=denoising)
-        stage = stage.sized(run.best)
         objective, validate = _objective(request, session, materials, stage)
+        if run.stages and stage.part is Part.UNET:  # the stage before was not judged by what the U-Net makes of it
+            run.best = min(run.best, start, key=validate)
+        stage = stage.sized(start)
         scale = FLOAT16_LOSS_SCALE if session.info.dtype is torch.float16 else 1.0
         fit = Fit(stage, request, objective, run.best, validate, cancel, scale)
         yield from fit.run()
@@ -239,8 +247,8 @@ def _objective(
     """What a stage minimises, and the error it is judged by."""
     distance = LOSSES[request.loss]
     steady = materials[0].target.single() is not None
-    if stage.part is Part.CROSS_ATTENTION and request.use is Use.ANYWHERE and steady:
-        return _in_sentences(request, session, materials[0])
+    if request.use is Use.ANYWHERE and steady and request.part in (Part.AUTO, Part.CROSS_ATTENTION):
+        return _in_sentences(request, session, materials[0], stage.part)
 
     def objective(m: Material) -> Objective:
         if stage.part is Part.TRANSFORMER:
@@ -257,13 +265,18 @@ def _together(objectives: list[Objective]) -> Objective:
 
 
 def _in_sentences(
-    request: EstimateRequest, session: Session, material: Material
-) -> tuple[InSentences, Callable[[Vectors], float]]:
-    """The objective over random sentences; judged by its own loss on sentences it never draws."""
+    request: EstimateRequest, session: Session, m: Material, part: Part
+) -> tuple[Objective, Callable[[Vectors], float]]:
+    """The objective over random sentences; judged by its own loss on sentences, and noise, it never draws."""
     checks = distinct(Random(f"checks {request.seed}"), CHECK_SENTENCES, (), session.random_text)
-    avoid = [*checks, *report_sentences(request, session)]
-    objective = InSentences(session, material.target, material.queries, LOSSES[request.loss], request.text, avoid)
-    drawn = objective.prepared([HOLE, *checks], torch.Generator().manual_seed(request.seed))
+    avoid, generator = [*checks, *report_sentences(request, session)], torch.Generator().manual_seed(request.seed)
+    distance, text = LOSSES[request.loss], request.text
+    if part is Part.CROSS_ATTENTION:
+        objective = InSentences(session, m.target, m.queries, distance, text, avoid)
+        drawn = objective.prepared([HOLE, *checks], generator)
+    else:
+        objective = DenoisingInSentences(session, m.target, m.bank, m.checks, distance, text, avoid)
+        drawn = objective.prepared([HOLE, *checks], m.checks, generator)
 
     def error(vectors: Vectors) -> float:
         with torch.no_grad():

@@ -83,14 +83,8 @@ class Denoising:
     def draw(self, generator: torch.Generator, fixed: bool) -> Tensor:
         """One entry from each of `batch` equal stretches of the trajectories, so every step sees all noise levels."""
         count = min(max(self.batch, self.FIXED_ENTRIES), len(self.bank)) if fixed else self.batch
-        edges = torch.linspace(0, len(self.bank), count + 1)
-        inside = torch.full((count,), 0.5) if fixed else torch.rand(count, generator=generator)
-        return (
-            (edges[:-1] + inside * edges.diff())
-            .long()
-            .clamp(max=len(self.bank) - 1)
-            .to(self.bank.x.device, non_blocking=True)
-        )
+        chosen = spread(len(self.bank), count, None if fixed else generator)
+        return chosen.to(self.bank.x.device, non_blocking=True)
 
     def loss(self, vectors: Vectors, drawn: Tensor) -> Tensor:
         bank = self.bank
@@ -170,8 +164,6 @@ class InSentences:
         self.session, self.target, self.distance, self.text = session, target, distance, text
         self.layers = session.cross_attention()
         self.hidden = [hidden.flatten(0, 1) for hidden in queries.hidden]  # [M*Q, C]
-        rows = session.token_vectors(text)
-        self.plain_rows = rows if max(map(len, rows.values())) <= session.info.chunk_length else None
         self.avoid = set(avoid)
 
     def draw(self, generator: torch.Generator, fixed: bool) -> list[tuple]:
@@ -185,9 +177,7 @@ class InSentences:
     @torch.no_grad()
     def prepared(self, chosen: Sequence[str], generator: torch.Generator) -> list[tuple]:
         """For sentences, the embedding alone first: frames, weights `[S]`, and per layer queries, target and scale."""
-        frames = [s.replace(HOLE, self.session.placeholder) for s in chosen]
-        wanted = self.session.encode([s.replace(HOLE, self.text) for s in chosen]).hidden
-        plain = self._plain(chosen, frames).hidden
+        frames, wanted, plain = in_sentences(self.session, self.text, chosen)
         empty = self.target.empty.hidden.expand(len(chosen), -1, -1)
         weights = torch.ones(len(chosen), device=wanted.device)
         weights[0] = self.ALONE
@@ -200,12 +190,6 @@ class InSentences:
             data.append((q, y, 1 / off.clamp_min(TINY)))
         return [frames, weights / weights.sum(), data]
 
-    def _plain(self, chosen: Sequence[str], frames: list[str]) -> Conditioning:
-        """The sentences around the prompt without its weights."""
-        if self.plain_rows is None:  # the prompt fills more than one chunk, which an embedding can't
-            return self.session.encode([s.replace(HOLE, self.text) for s in chosen], weighted=False)
-        return self.session.encode(frames, self.plain_rows)
-
     def loss(self, vectors: Vectors, drawn: list) -> Tensor:
         return (self.shares(vectors, drawn) * drawn[1]).sum()
 
@@ -217,6 +201,79 @@ class InSentences:
             self.distance(layer(q, context), y) * scale for layer, (q, y, scale) in zip(self.layers, data, strict=True)
         ]
         return torch.stack(terms).mean(0)
+
+
+class DenoisingInSentences:
+    """Match the predicted noise with the embedding alone and inside of random sentences at once.
+
+    Per sentence s, over a few latents x of the stand-alone target:
+
+        mean d(eps(x, z_s(E)), eps(x, z_s*)) / (mean d(eps(x, z_s(plain)), eps(x, z_s*)) + FLOOR far)
+
+    with far = mean d(eps(x, z(empty)), eps(x, z*)). As InSentences, but of what the whole U-Net makes of the text; both
+    references are run anew for every sentence, so a step costs five thirds of a Denoising step of as many latents.
+    """
+
+    FLOOR, FRESH, FIXED, LATENTS = 0.01, 3, 12, 2
+
+    def __init__(
+        self, session: Session, target: Target, bank: Bank, checks: Bank, distance: Distance, text: str,
+        avoid: Sequence[str],
+    ) -> None:  # fmt: skip
+        self.session, self.bank, self.distance, self.text, self.avoid = session, bank, distance, text, set(avoid)
+        self.floor = self.FLOOR * distance(checks.empty, checks.target).mean().clamp_min(TINY)
+
+    def draw(self, generator: torch.Generator, fixed: bool) -> list:
+        seed = 0 if fixed else int(torch.randint(2**31, (1,), generator=generator))
+        chosen = sentences.distinct(
+            Random(seed), self.FIXED if fixed else self.FRESH, self.avoid, self.session.random_text
+        )
+        return self.prepared([HOLE, *chosen], self.bank, torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def prepared(self, chosen: Sequence[str], bank: Bank, generator: torch.Generator) -> list:
+        """For sentences: frames, and x, timestep and eps `[S*L, ...]` of L latents each, and scales `[S]`."""
+        frames, wanted, plain = in_sentences(self.session, self.text, chosen)
+        at = torch.cat([spread(len(bank), self.LATENTS, generator) for _ in chosen]).to(bank.x.device)
+        x, timestep = bank.x[at], bank.timestep[at]
+        eps = self._noise(x, timestep, wanted)
+        off = self._by_sentence(self._noise(x, timestep, plain), eps)
+        return [frames, x, timestep, eps, 1 / (off + self.floor)]
+
+    def loss(self, vectors: Vectors, drawn: list) -> Tensor:
+        frames, x, timestep, wanted, scales = drawn
+        eps = self._noise(x, timestep, self.session.encode(frames, vectors).hidden)
+        return (self._by_sentence(eps, wanted) * scales).mean()
+
+    def _noise(self, x: Tensor, timestep: Tensor, hidden: Tensor) -> Tensor:
+        """eps of x `[S*L, c, h, w]`, L latents after each other under each of hidden `[S, T, C]`."""
+        return self.session.predict_noise(x, timestep, Conditioning(hidden.repeat_interleave(self.LATENTS, 0)))
+
+    def _by_sentence(self, eps: Tensor, wanted: Tensor) -> Tensor:
+        """Distances `[S]`."""
+        return self.distance(eps, wanted).view(-1, self.LATENTS).mean(1)
+
+
+def in_sentences(session: Session, text: str, chosen: Sequence[str]) -> tuple[list[str], Tensor, Tensor]:
+    """Sentences as frames for the embedding, and their hidden states `[S, T, C]` with the prompt and without weights.
+
+    Only the prompt's own weights are left out, not the sentence's.
+    """
+    frames = [s.replace(HOLE, session.placeholder) for s in chosen]
+    filled = [s.replace(HOLE, text) for s in chosen]
+    rows = session.token_vectors(text)
+    if max(map(len, rows.values())) > session.info.chunk_length:  # more than an embedding can hold
+        plain = session.encode(filled, weighted=False)
+    else:
+        plain = session.encode(frames, rows)
+    return frames, session.encode(filled).hidden, plain.hidden
+
+
+def spread(available: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` of `available` indices, one of each of as many stretches: at random, or its middle without generator."""
+    edges = torch.linspace(0, available, count + 1)
+    inside = torch.rand(count, generator=generator) if generator else torch.full((count,), 0.5)
+    return (edges[:-1] + inside * edges.diff()).long().clamp(max=available - 1)
 
 
 class Together:

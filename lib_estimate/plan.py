@@ -38,13 +38,14 @@ class Stage:
 
 DEFAULTS = {
     Part.TRANSFORMER: Stage(Part.TRANSFORMER, "Adam", "", "cosine", 300, share=0.08),
-    Part.UNET: Stage(Part.UNET, "Adam", "", "cosine", 300, share=0.5),
+    Part.UNET: Stage(Part.UNET, "Adam", "", "cosine", 600, share=1.0),
     # L-BFGS sees the same few queries at every step: a smooth, deterministic problem, which is what it is best at.
     Part.CROSS_ATTENTION: Stage(Part.CROSS_ATTENTION, "LBFGS", "1", "constant", 120),
 }
 # Fresh sentences at every step are noise to L-BFGS.
 IN_SENTENCES = Stage(Part.CROSS_ATTENTION, "Adam", "", "cosine", 300, share=0.05)
-POLISH = Stage(Part.UNET, "Adam", "", "cosine", 150, share=0.4)
+POLISH = Stage(Part.UNET, "Adam", "", "cosine", 260, share=0.6)
+POLISH_IN_SENTENCES = Stage(Part.UNET, "Adam", "", "cosine", 80, share=0.05)
 
 
 def stages(request: EstimateRequest, *, composed: bool, steady: bool) -> list[Stage]:
@@ -56,22 +57,31 @@ def stages(request: EstimateRequest, *, composed: bool, steady: bool) -> list[St
     first, *rest = _planned(request, composed, steady)
     if request.optimizer != AUTO and request.optimizer != first.optimizer:
         first = replace(first, optimizer=request.optimizer, learning_rate="", share=0.0)
-    chosen = {
-        "learning_rate": request.learning_rate or first.learning_rate,
-        "schedule": first.schedule if request.schedule == AUTO else request.schedule,
-        "steps": request.steps or first.steps,
-    }
-    return [replace(first, **chosen), *rest]
+    stages = [
+        replace(
+            first,
+            learning_rate=request.learning_rate or first.learning_rate,
+            schedule=first.schedule if request.schedule == AUTO else request.schedule,
+        ),
+        *rest,
+    ]
+    return _limited(stages, request.steps) if request.steps else stages
+
+
+def _limited(stages: list[Stage], steps: int) -> list[Stage]:
+    """The stages with as many steps in all, each with the share it would have had."""
+    planned = sum(stage.steps for stage in stages)
+    shares = [max(1, round(steps * stage.steps / planned)) for stage in stages]
+    return [replace(stage, steps=share) for stage, share in zip(stages, shares, strict=True)]
 
 
 def _planned(request: EstimateRequest, composed: bool, steady: bool) -> list[Stage]:
     in_sentences = request.use is Use.ANYWHERE and steady and not composed
     if request.part is Part.CROSS_ATTENTION or (request.part is Part.AUTO and not composed):
-        if in_sentences:
-            # A polish over the prompt alone would undo what the sentences taught.
-            return [IN_SENTENCES]
-        polish = [POLISH] if request.part is Part.AUTO else []
-        return [DEFAULTS[Part.CROSS_ATTENTION], *polish]
+        first, polish = (
+            (IN_SENTENCES, POLISH_IN_SENTENCES) if in_sentences else (DEFAULTS[Part.CROSS_ATTENTION], POLISH)
+        )
+        return [first, polish] if request.part is Part.AUTO else [first]
     return [DEFAULTS[Part.UNET if request.part is Part.AUTO else request.part]]
 
 

@@ -229,13 +229,14 @@ class Tab:
         return self.fields[name]
 
     def _prompts(self) -> None:
-        self.counters = {}
+        self.counters, self.recounts = {}, {}
         for name, lines in (("prompt", 3), ("negative", 2)):
             self.fields[name] = gr.Textbox(
                 label=LABELS.get(name, "Prompt"), lines=lines, elem_id=identifier(name),
                 placeholder="(worst quality:1.4), blurry" if name == "negative" else "a (red:1.6) circle",
             )  # fmt: skip
             self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
+            self.recounts[name] = gr.Button(visible=False, elem_id=identifier(f"{name}_recount"))
         self._field("target")
 
     def _saving(self) -> None:
@@ -323,11 +324,13 @@ class Tab:
         for button, wanted in ((self.interrupt, "save"), (self.discard, "discard")):
             button.click(lambda wanted=wanted: self._stop(wanted), inputs=[], outputs=[], queue=False)
         for name, counter in self.counters.items():
-            self.fields[name].change(
-                lambda text, steps, negative=name == "negative": self._count(text, steps, negative),
-                inputs=[self.fields[name], self.fields["sampling_steps"]], outputs=[counter], queue=False,
-                show_progress="hidden",
-            )  # fmt: skip
+            # Gradio 3 drops what changes while it still counts; our script presses the button once typing has stopped.
+            for event in (self.fields[name].change, self.recounts[name].click):
+                event(
+                    lambda text, steps, negative=name == "negative": self._count(text, steps, negative),
+                    inputs=[self.fields[name], self.fields["sampling_steps"]], outputs=[counter], queue=False,
+                    show_progress="hidden",
+                )  # fmt: skip
         self._connect_visibility()
         self._connect_name()
 

@@ -25,8 +25,7 @@ def files(folder) -> list[str]:
 
 
 def test_emphasis_is_carried(host, tmp_path) -> None:
-    """Better than the prompt without its weights, on noise never learnt from. The small model reads a word's own state
-    little, so there is little to carry; what an embedding can carry of it, it does."""
+    """To a seventh of what leaving the weights out does, on noise never learnt from, with every default."""
     request = EstimateRequest(
         prompt="(red:1.6) circle",
         name="carried",
@@ -37,11 +36,11 @@ def test_emphasis_is_carried(host, tmp_path) -> None:
         sentence=("a photo of {}",),
     )
     figures = run(request, host).fidelity
-    assert figures.error < 0.95 * figures.unweighted_error
+    assert figures.error < 0.15 * figures.unweighted_error
     assert figures.recovered == pytest.approx(1 - figures.error / figures.unweighted_error)
     assert set(figures.pictures) == {"prompt", "embedding", "unweighted"}
     assert len(figures.pictures["prompt"]) == 1
-    assert figures.pixel_difference > 0
+    assert 0 < figures.pixel_difference < 0.5 * figures.unweighted_pixel_difference
 
 
 @pytest.mark.parametrize(("part", "share"), [(Part.CROSS_ATTENTION, 0.3), (Part.UNET, 0.6), (Part.TRANSFORMER, 0.7)])
@@ -49,7 +48,7 @@ def test_every_part_finds_the_prompt_from_a_wrong_start(part, share, host, short
     """Starting from another colour and shape, which is as far away as an empty prompt or farther."""
     request = dataclasses.replace(short, prompt="a red circle", init="a blue star", part=part)
     start = run(dataclasses.replace(request, steps=1, learning_rate="1e-9"), host).fidelity.error
-    steps = 60 if part is Part.TRANSFORMER else 30
+    steps = 200 if part is Part.TRANSFORMER else 30
     error = run(dataclasses.replace(request, steps=steps, overwrite=True), host).fidelity.error
     assert start > 0.5
     assert error < share * start, (start, error)
@@ -60,8 +59,8 @@ def test_for_use_anywhere_no_sentence_is_spoiled(host, tmp_path) -> None:
     outcome = run(request, host)
     assert outcome.record["vectors"] == 2
     assert outcome.record["use"] == "anywhere"
-    assert outcome.fidelity.error < outcome.fidelity.unweighted_error
-    assert outcome.record["sentence_error"]["median"] < 1
+    assert outcome.fidelity.error < 0.75 * outcome.fidelity.unweighted_error
+    assert outcome.record["sentence_error"]["median"] < 0.9
     assert len(outcome.fidelity.sentences) == 6
 
 
@@ -90,8 +89,7 @@ def test_auto_says_what_it_picked(host, short) -> None:
     outcome = run(dataclasses.replace(short, part=Part.AUTO, steps=5), host)
     assert [s["part"] for s in outcome.record["stages"]] == ["cross-attention", "unet"]
     assert outcome.record["stages"][0]["optimizer"] == "LBFGS"
-    assert outcome.record["stages"][0]["steps_run"] == 5
-    assert sum(s["steps_run"] for s in outcome.record["stages"]) == outcome.record["steps_run"]
+    assert sum(s["steps_run"] for s in outcome.record["stages"]) == outcome.record["steps_run"] == 5
 
 
 @pytest.mark.parametrize(("tolerance", "most"), [(1.0, 1), (0.05, 5)])

@@ -16,7 +16,7 @@ def parts(request: EstimateRequest, composed: bool = False, steady: bool = True)
 
 
 def test_auto_learns_over_sentences_unless_told_where_the_word_stands() -> None:
-    assert parts(BASE) == ["cross-attention Adam"]
+    assert parts(BASE) == ["cross-attention Adam", "unet Adam"]
     whole = ["cross-attention LBFGS", "unet Adam"]
     assert parts(replace(BASE, use=Use.WHOLE)) == whole
     assert parts(replace(BASE, use=Use.SENTENCE, sentence=("a {}",))) == whole
@@ -34,20 +34,28 @@ def test_a_named_part_is_the_only_one(part) -> None:
 
 
 def test_what_the_user_sets_goes_for_the_main_stage() -> None:
-    request = replace(BASE, use=Use.WHOLE, optimizer="AdamW", learning_rate="0.1", schedule="linear", steps=7)
+    request = replace(BASE, use=Use.WHOLE, optimizer="AdamW", learning_rate="0.1", schedule="linear")
     first, polish = plan.stages(request, composed=False, steady=True)
-    assert first == plan.Stage(Part.CROSS_ATTENTION, "AdamW", "0.1", "linear", 7)
+    assert first == plan.Stage(Part.CROSS_ATTENTION, "AdamW", "0.1", "linear", 120)
     assert polish == plan.POLISH
 
 
+@pytest.mark.parametrize("steps", [2, 5, 38, 1000])
+def test_steps_are_those_of_all_stages_together(steps) -> None:
+    planned = plan.stages(replace(BASE, use=Use.WHOLE, steps=steps), composed=False, steady=True)
+    assert sum(stage.steps for stage in planned) == steps
+    assert [stage.steps > 0 for stage in planned] == [True, True]
+
+
 def test_another_optimizer_gets_its_own_rate() -> None:
-    (first,) = plan.stages(replace(BASE, optimizer="LBFGS"), composed=False, steady=True)
+    first, _ = plan.stages(replace(BASE, optimizer="LBFGS"), composed=False, steady=True)
     assert first.learning_rate == ""
+    assert not first.share
 
 
 def test_learning_rates_follow_the_size_of_the_vectors() -> None:
     small, large = ({"clip_l": torch.full((2, 8), size)} for size in (0.01, 1.0))
-    for stage in (*plan.DEFAULTS.values(), plan.IN_SENTENCES, plan.POLISH):
+    for stage in (*plan.DEFAULTS.values(), plan.IN_SENTENCES, plan.POLISH, plan.POLISH_IN_SENTENCES):
         rates = [float(stage.sized(vectors).learning_rate) for vectors in (small, large)]
         assert rates[1] == pytest.approx(rates[0] if stage.optimizer == "LBFGS" else 100 * rates[0], rel=0.05)
     given = replace(plan.POLISH, learning_rate="0.003")
