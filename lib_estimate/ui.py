@@ -229,13 +229,14 @@ class Tab:
         return self.fields[name]
 
     def _prompts(self) -> None:
-        self.counters = {}
+        self.counters, self.count = {}, {}
         for name, lines in (("prompt", 3), ("negative", 2)):
             self.fields[name] = gr.Textbox(
                 label=LABELS.get(name, "Prompt"), lines=lines, elem_id=identifier(name),
                 placeholder="(worst quality:1.4), blurry" if name == "negative" else "a (red:1.6) circle",
             )  # fmt: skip
             self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
+            self.count[name] = gr.Button(visible=False, elem_id=identifier(f"{name}_count"))
         self._field("target")
 
     def _saving(self) -> None:
@@ -322,14 +323,26 @@ class Tab:
             )  # fmt: skip
         for button, wanted in ((self.interrupt, "save"), (self.discard, "discard")):
             button.click(lambda wanted=wanted: self._stop(wanted), inputs=[], outputs=[], queue=False)
-        for name, counter in self.counters.items():
-            self.fields[name].change(
-                lambda text, steps, negative=name == "negative": self._count(text, steps, negative),
-                inputs=[self.fields[name], self.fields["sampling_steps"]], outputs=[counter], queue=False,
-                show_progress="hidden",
-            )  # fmt: skip
+        for name in self.counters:
+            self._connect_counter(name)
         self._connect_visibility()
         self._connect_name()
+
+    def _connect_counter(self, name: str) -> None:
+        """Gradio 3 drops a change that comes while the one before is still answered, and so the last word of whoever
+        types quickly. There the page waits for a pause, asks through a button, and asks again where more was typed.
+        """
+        given = {
+            "fn": lambda text, steps: self._count(text, steps, name == "negative"), "queue": False,
+            "inputs": [self.fields[name], self.fields["sampling_steps"]], "outputs": [self.counters[name]],
+            "show_progress": "hidden",
+        }  # fmt: skip
+        if self.shell.live:
+            self.fields[name].change(**given)
+            return
+        self.fields[name].change(None, inputs=[], outputs=[], **{JS: f"() => {{ embeddingEstimateCount('{name}'); }}"})
+        answered = self.count[name].click(**given)
+        answered.then(None, inputs=[], outputs=[], **{JS: f"() => {{ embeddingEstimateCounted('{name}'); }}"})
 
     def _connect_visibility(self) -> None:
         for source, shown, when in (
