@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -80,6 +81,17 @@ LEARNING = (
     "tolerance", "batch", "queries", "memory", "clip_gradient", "trajectories",
 )  # fmt: skip
 GENERATION = ("sampling_steps", "cfg_scale", "width", "height", "images")
+OPTION = re.compile(r"--([a-z][a-z-]*)(?: ([a-z_-]+)\b)?")
+COPY = """(name) => {
+    if (!name) return;
+    if (navigator.clipboard) { navigator.clipboard.writeText(name); return; }
+    const field = document.createElement("textarea"); // on plain http there is no clipboard object
+    field.value = name;
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+}"""
 LEFT_OUT = {
     "out": "the program's own folder of embeddings",
     "subfolder": "a setting of the program",
@@ -166,7 +178,14 @@ def component(name: str, value: Any) -> Any:
     whole = not isinstance(item.default, float)
     if about["high"] > 200:
         return gr.Number(value=value, **({"precision": 0} if whole else {}), **given)
-    return gr.Slider(about["low"], about["high"], value=value, step=1 if whole else 0.05, **given)
+    return gr.Slider(about["low"], about["high"], value=value, step=1 if whole else _step(**about), **given)
+
+
+def _step(low: float, high: float, **_: Any) -> float:
+    """Of a slider, fine enough that it reaches the default."""
+    if low >= 1:
+        return 0.05
+    return 0.01 if high > 1 else 0.001
 
 
 def request_from(values: Mapping[str, Any]) -> EstimateRequest:
@@ -196,6 +215,21 @@ def _typed(name: str, default: Any, value: Any) -> Any:
             return default
         return type(default)(value) if float(value) == type(default)(value) else value
     return (value or "").strip() if name == "name" else value or ""
+
+
+def in_the_tab(sentence: str) -> str:
+    """A sentence that names options of the command line, with what they are called here."""
+
+    def called(found: re.Match) -> str:
+        name, value = found[1].replace("-", "_"), found[2]
+        if name not in EstimateRequest.__dataclass_fields__ or name in LEFT_OUT:
+            return found[0]
+        label = LABELS.get(name, name.replace("_", " ").capitalize())
+        if value in (field_of(name).metadata["choices"] or ()):
+            return f"“{_word(name, value)}”"
+        return f"“{label}” {value}" if value else f"“{label}”"
+
+    return OPTION.sub(called, sentence)
 
 
 class Tab:
@@ -355,8 +389,7 @@ class Tab:
             )  # fmt: skip
 
     def _connect_name(self) -> None:
-        copy = "(name) => { if (name) navigator.clipboard.writeText(name); }"
-        self.copy.click(None, inputs=[self.done], outputs=[], **{JS: copy})
+        self.copy.click(None, inputs=[self.done], outputs=[], **{JS: COPY})
         for (tab, side), button in self.send.items():
             send = f"(name) => {{ embeddingEstimateSend(name, '{tab}', {'true' if side == 'negative' else 'false'}); }}"
             button.click(None, inputs=[self.done], outputs=[], **{JS: send})
@@ -394,11 +427,13 @@ class Tab:
     def _run(self, values: Sequence[Any]) -> Iterator[list[Any]]:
         """Runs an estimate; yields what to show. Whatever goes wrong becomes a sentence."""
         cancel = self.cancel = Cancel()
+        begun: dict[str, Any] = {}
         try:
             given = dict(zip(self.fields, values, strict=True))
             more = {name: self.shell.start_values().get(name, field_of(name).default) for name in LEFT_OUT}
             request = request_from({**more, **given, "out": self.shell.embeddings_folder()}).validate()
-            yield self._shown(progress=_bar(0.0, None, "Starting"), result="", done="")
+            begun = {"curve": gr.update(value=None), "gallery": gr.update(value=None)}  # else those of an older run
+            yield self._shown(progress=_bar(0.0, None, "Starting"), result="", done="", **begun)
             for view in views(request, self.shell.host(), cancel):
                 if self.shell.interrupted() and cancel.wanted is None:
                     cancel.save()
@@ -412,13 +447,14 @@ class Tab:
                     )  # fmt: skip
         except EstimateError as error:
             log.info("Refused or stopped: %s", error)
-            yield self._failed(str(error))
+            yield self._failed(str(error), **begun)
         except MemoryError:
-            yield self._failed(OUT_OF_MEMORY)
+            yield self._failed(OUT_OF_MEMORY, **begun)
         except Exception as error:  # the last place where it can become a sentence
             log.exception("The estimate failed")
             memory = "out of memory" in str(error).lower()
-            yield self._failed(OUT_OF_MEMORY if memory else f"Unexpected {type(error).__name__}: {error}")
+            sentence = OUT_OF_MEMORY if memory else f"Unexpected {type(error).__name__}: {error}"
+            yield self._failed(sentence, **begun)
         finally:
             self.cancel = None
 
@@ -447,8 +483,9 @@ class Tab:
             ]
         return []
 
-    def _failed(self, sentence: str) -> list[Any]:
-        return self._shown(progress=_idle(), result=f"<p class='bad'>{html.escape(sentence)}</p>", done="")
+    def _failed(self, sentence: str, **more: Any) -> list[Any]:
+        said = f"<p class='bad'>{html.escape(in_the_tab(sentence))}</p>"
+        return self._shown(progress=_idle(), result=said, done="", **more)
 
     def _shown(self, **changes: Any) -> list[Any]:
         """Outputs, in their order; what isn't named stays as it is. The footer is emptied: the webui adds to it."""
@@ -485,4 +522,4 @@ def _idle() -> str:
 
 
 def _notes(notes: Sequence[str]) -> str:
-    return "".join(f"<p class='note'>{html.escape(note)}</p>" for note in notes)
+    return "".join(f"<p class='note'>{html.escape(in_the_tab(note))}</p>" for note in notes)
