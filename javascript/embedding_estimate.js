@@ -1,5 +1,6 @@
-// What Gradio can't do: the webui's own progress display, finding a run again after the page was closed, counting tokens
-// once typing has stopped, and putting a name into the prompt of another tab. Touches nothing but elements of ours and the prompt it is asked to fill.
+// What Gradio can't do: the webui's own progress display, finding a run again after the page was closed, counting the
+// tokens of what is typed while it is still counting, and putting a name into the prompt of another tab. Touches nothing
+// but elements of ours and the prompt it is asked to fill.
 
 const embeddingEstimateTask = "embedding_estimate_task_id";
 
@@ -22,6 +23,29 @@ function embeddingEstimateSubmit(...values) {
 function embeddingEstimateRestore() {
     const id = localGet(embeddingEstimateTask);
     return id ? embeddingEstimateFollow(id, 0) : "";
+}
+
+const embeddingEstimatePause = 400; // ms without a change of the prompt, after which its tokens are counted
+const embeddingEstimateCounts = {}; // by field: {timer, asked: not answered yet, again: changed meanwhile}
+
+function embeddingEstimateCount(name) {
+    const count = embeddingEstimateCounts[name] ??= {};
+    clearTimeout(count.timer);
+    count.timer = setTimeout(() => {
+        count.again = count.asked;
+        if (!count.asked) {
+            count.asked = true;
+            gradioApp().getElementById(`embedding_estimate_${name}_count`)?.click();
+        }
+    }, embeddingEstimatePause);
+}
+
+function embeddingEstimateCounted(name) {
+    const count = embeddingEstimateCounts[name];
+    count.asked = false;
+    if (count.again) {
+        embeddingEstimateCount(name);
+    }
 }
 
 function embeddingEstimateSend(name, tab, negative) {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -80,6 +81,17 @@ LEARNING = (
     "tolerance", "batch", "queries", "memory", "clip_gradient", "trajectories",
 )  # fmt: skip
 GENERATION = ("sampling_steps", "cfg_scale", "width", "height", "images")
+OPTION = re.compile(r"--([a-z][a-z-]*)(?: ([a-z_-]+)\b)?")
+COPY = """(name) => {
+    if (!name) return;
+    if (navigator.clipboard) { navigator.clipboard.writeText(name); return; }
+    const field = document.createElement("textarea"); // on plain http there is no clipboard object
+    field.value = name;
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+}"""
 LEFT_OUT = {
     "out": "the program's own folder of embeddings",
     "subfolder": "a setting of the program",
@@ -166,7 +178,14 @@ def component(name: str, value: Any) -> Any:
     whole = not isinstance(item.default, float)
     if about["high"] > 200:
         return gr.Number(value=value, **({"precision": 0} if whole else {}), **given)
-    return gr.Slider(about["low"], about["high"], value=value, step=1 if whole else 0.05, **given)
+    return gr.Slider(about["low"], about["high"], value=value, step=1 if whole else _step(**about), **given)
+
+
+def _step(low: float, high: float, **_: Any) -> float:
+    """Of a slider, fine enough that it reaches the default."""
+    if low >= 1:
+        return 0.05
+    return 0.01 if high > 1 else 0.001
 
 
 def request_from(values: Mapping[str, Any]) -> EstimateRequest:
@@ -196,6 +215,21 @@ def _typed(name: str, default: Any, value: Any) -> Any:
             return default
         return type(default)(value) if float(value) == type(default)(value) else value
     return (value or "").strip() if name == "name" else value or ""
+
+
+def in_the_tab(sentence: str) -> str:
+    """A sentence that names options of the command line, with what they are called here."""
+
+    def called(found: re.Match) -> str:
+        name, value = found[1].replace("-", "_"), found[2]
+        if name not in EstimateRequest.__dataclass_fields__ or name in LEFT_OUT:
+            return found[0]
+        label = LABELS.get(name, name.replace("_", " ").capitalize())
+        if value in (field_of(name).metadata["choices"] or ()):
+            return f"“{_word(name, value)}”"
+        return f"“{label}” {value}" if value else f"“{label}”"
+
+    return OPTION.sub(called, sentence)
 
 
 class Tab:
@@ -229,14 +263,14 @@ class Tab:
         return self.fields[name]
 
     def _prompts(self) -> None:
-        self.counters, self.recounts = {}, {}
+        self.counters, self.count = {}, {}
         for name, lines in (("prompt", 3), ("negative", 2)):
             self.fields[name] = gr.Textbox(
                 label=LABELS.get(name, "Prompt"), lines=lines, elem_id=identifier(name),
                 placeholder="(worst quality:1.4), blurry" if name == "negative" else "a (red:1.6) circle",
             )  # fmt: skip
             self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
-            self.recounts[name] = gr.Button(visible=False, elem_id=identifier(f"{name}_recount"))
+            self.count[name] = gr.Button(visible=False, elem_id=identifier(f"{name}_count"))
         self._field("target")
 
     def _saving(self) -> None:
@@ -323,16 +357,26 @@ class Tab:
             )  # fmt: skip
         for button, wanted in ((self.interrupt, "save"), (self.discard, "discard")):
             button.click(lambda wanted=wanted: self._stop(wanted), inputs=[], outputs=[], queue=False)
-        for name, counter in self.counters.items():
-            # Gradio 3 drops what changes while it still counts; our script presses the button once typing has stopped.
-            for event in (self.fields[name].change, self.recounts[name].click):
-                event(
-                    lambda text, steps, negative=name == "negative": self._count(text, steps, negative),
-                    inputs=[self.fields[name], self.fields["sampling_steps"]], outputs=[counter], queue=False,
-                    show_progress="hidden",
-                )  # fmt: skip
+        for name in self.counters:
+            self._connect_counter(name)
         self._connect_visibility()
         self._connect_name()
+
+    def _connect_counter(self, name: str) -> None:
+        """Gradio 3 drops a change that comes while the one before is still answered, and so the last word of whoever
+        types quickly. There the page waits for a pause, asks through a button, and asks again where more was typed.
+        """
+        given = {
+            "fn": lambda text, steps: self._count(text, steps, name == "negative"), "queue": False,
+            "inputs": [self.fields[name], self.fields["sampling_steps"]], "outputs": [self.counters[name]],
+            "show_progress": "hidden",
+        }  # fmt: skip
+        if self.shell.live:
+            self.fields[name].change(**given)
+            return
+        self.fields[name].change(None, inputs=[], outputs=[], **{JS: f"() => {{ embeddingEstimateCount('{name}'); }}"})
+        answered = self.count[name].click(**given)
+        answered.then(None, inputs=[], outputs=[], **{JS: f"() => {{ embeddingEstimateCounted('{name}'); }}"})
 
     def _connect_visibility(self) -> None:
         for source, shown, when in (
@@ -345,8 +389,7 @@ class Tab:
             )  # fmt: skip
 
     def _connect_name(self) -> None:
-        copy = "(name) => { if (name) navigator.clipboard.writeText(name); }"
-        self.copy.click(None, inputs=[self.done], outputs=[], **{JS: copy})
+        self.copy.click(None, inputs=[self.done], outputs=[], **{JS: COPY})
         for (tab, side), button in self.send.items():
             send = f"(name) => {{ embeddingEstimateSend(name, '{tab}', {'true' if side == 'negative' else 'false'}); }}"
             button.click(None, inputs=[self.done], outputs=[], **{JS: send})
@@ -384,11 +427,13 @@ class Tab:
     def _run(self, values: Sequence[Any]) -> Iterator[list[Any]]:
         """Runs an estimate; yields what to show. Whatever goes wrong becomes a sentence."""
         cancel = self.cancel = Cancel()
+        begun: dict[str, Any] = {}
         try:
             given = dict(zip(self.fields, values, strict=True))
             more = {name: self.shell.start_values().get(name, field_of(name).default) for name in LEFT_OUT}
             request = request_from({**more, **given, "out": self.shell.embeddings_folder()}).validate()
-            yield self._shown(progress=_bar(0.0, None, "Starting"), result="", done="")
+            begun = {"curve": gr.update(value=None), "gallery": gr.update(value=None)}  # else those of an older run
+            yield self._shown(progress=_bar(0.0, None, "Starting"), result="", done="", **begun)
             for view in views(request, self.shell.host(), cancel):
                 if self.shell.interrupted() and cancel.wanted is None:
                     cancel.save()
@@ -402,13 +447,14 @@ class Tab:
                     )  # fmt: skip
         except EstimateError as error:
             log.info("Refused or stopped: %s", error)
-            yield self._failed(str(error))
+            yield self._failed(str(error), **begun)
         except MemoryError:
-            yield self._failed(OUT_OF_MEMORY)
+            yield self._failed(OUT_OF_MEMORY, **begun)
         except Exception as error:  # the last place where it can become a sentence
             log.exception("The estimate failed")
             memory = "out of memory" in str(error).lower()
-            yield self._failed(OUT_OF_MEMORY if memory else f"Unexpected {type(error).__name__}: {error}")
+            sentence = OUT_OF_MEMORY if memory else f"Unexpected {type(error).__name__}: {error}"
+            yield self._failed(sentence, **begun)
         finally:
             self.cancel = None
 
@@ -437,8 +483,9 @@ class Tab:
             ]
         return []
 
-    def _failed(self, sentence: str) -> list[Any]:
-        return self._shown(progress=_idle(), result=f"<p class='bad'>{html.escape(sentence)}</p>", done="")
+    def _failed(self, sentence: str, **more: Any) -> list[Any]:
+        said = f"<p class='bad'>{html.escape(in_the_tab(sentence))}</p>"
+        return self._shown(progress=_idle(), result=said, done="", **more)
 
     def _shown(self, **changes: Any) -> list[Any]:
         """Outputs, in their order; what isn't named stays as it is. The footer is emptied: the webui adds to it."""
@@ -475,4 +522,4 @@ def _idle() -> str:
 
 
 def _notes(notes: Sequence[str]) -> str:
-    return "".join(f"<p class='note'>{html.escape(note)}</p>" for note in notes)
+    return "".join(f"<p class='note'>{html.escape(in_the_tab(note))}</p>" for note in notes)

@@ -83,6 +83,35 @@ def test_what_is_out_of_range_is_refused_by_the_request(tab) -> None:
         ui.request_from(values(tab, prompt=PROMPT, seed=-1)).validate()
 
 
+def test_sliders_reach_their_defaults(tab) -> None:
+    sliders = [c for c in tab.fields.values() if isinstance(c, ui.gr.Slider)]
+    assert len(sliders) > 3
+    for slider in sliders:
+        steps = (slider.value - slider.minimum) / slider.step
+        assert steps == pytest.approx(round(steps)), slider.label
+
+
+def test_sentences_name_what_is_in_the_tab() -> None:
+    said = {
+        "allow overwriting (--overwrite).": "allow overwriting (“Overwrite an existing embedding of this name”).",
+        "Use --use whole.": "Use “As the whole prompt”.",
+        "give it as --sentence 'a {}'.": "give it as “The sentence, with {} for the word (one per line)” 'a {}'.",
+        "Use --dtype float32; runs with --medvram": "Use --dtype float32; runs with --medvram",
+    }
+    assert {sentence: ui.in_the_tab(sentence) for sentence in said} == said
+
+
+def test_a_run_that_fails_takes_down_older_results(tab, monkeypatch, tmp_path) -> None:
+    refused = list(tab._run(list(values(tab, prompt="").values())))[-1]
+    assert refused[1] == refused[2] == ui.gr.update()  # nothing has begun: what is there still holds
+
+    monkeypatch.setattr(tab.shell, "host", lambda: 1 / 0, raising=False)
+    first, last = tab._run(list(values(tab, prompt=PROMPT, name="x").values()))
+    for shown in (first, last):
+        assert shown[1] == shown[2] == ui.gr.update(value=None)
+    assert "ZeroDivisionError" in last[3]
+
+
 def test_element_ids_are_ours_and_unique(tab) -> None:
     blocks = ui.build(Shell())
     ids = [block.elem_id for block in blocks.blocks.values() if getattr(block, "elem_id", None)]
