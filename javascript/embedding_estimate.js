@@ -1,6 +1,6 @@
 // What Gradio can't do: the webui's own progress display, finding a run again after the page was closed, counting the
-// tokens of what is typed while it is still counting, and putting a name into the prompt of another tab. Touches nothing
-// but elements of ours and the prompt it is asked to fill.
+// tokens once typing has stopped, and putting a name into the prompt of another tab. Touches nothing but elements of
+// ours and the prompt it is asked to fill.
 
 const embeddingEstimateTask = "embedding_estimate_task_id";
 
@@ -25,29 +25,6 @@ function embeddingEstimateRestore() {
     return id ? embeddingEstimateFollow(id, 0) : "";
 }
 
-const embeddingEstimatePause = 400; // ms without a change of the prompt, after which its tokens are counted
-const embeddingEstimateCounts = {}; // by field: {timer, asked: not answered yet, again: changed meanwhile}
-
-function embeddingEstimateCount(name) {
-    const count = embeddingEstimateCounts[name] ??= {};
-    clearTimeout(count.timer);
-    count.timer = setTimeout(() => {
-        count.again = count.asked;
-        if (!count.asked) {
-            count.asked = true;
-            gradioApp().getElementById(`embedding_estimate_${name}_count`)?.click();
-        }
-    }, embeddingEstimatePause);
-}
-
-function embeddingEstimateCounted(name) {
-    const count = embeddingEstimateCounts[name];
-    count.asked = false;
-    if (count.again) {
-        embeddingEstimateCount(name);
-    }
-}
-
 function embeddingEstimateSend(name, tab, negative) {
     const field = gradioApp().querySelector(`#${tab}_${negative ? "neg_prompt" : "prompt"} textarea`);
     if (!name || !field) {
@@ -65,7 +42,7 @@ function embeddingEstimateCount(name) {
     let waiting = 0;
     gradioApp().querySelector(`#embedding_estimate_${name} textarea`)?.addEventListener("input", () => {
         clearTimeout(waiting);
-        waiting = setTimeout(() => gradioApp().getElementById(`embedding_estimate_${name}_recount`)?.click(), 500);
+        waiting = setTimeout(() => gradioApp().getElementById(`embedding_estimate_${name}_count`)?.click(), 500);
     });
 }
 

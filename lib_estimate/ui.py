@@ -364,19 +364,14 @@ class Tab:
 
     def _connect_counter(self, name: str) -> None:
         """Gradio 3 drops a change that comes while the one before is still answered, and so the last word of whoever
-        types quickly. There the page waits for a pause, asks through a button, and asks again where more was typed.
+        types quickly. There our script presses a button once typing has stopped.
         """
-        given = {
-            "fn": lambda text, steps: self._count(text, steps, name == "negative"), "queue": False,
-            "inputs": [self.fields[name], self.fields["sampling_steps"]], "outputs": [self.counters[name]],
-            "show_progress": "hidden",
-        }  # fmt: skip
-        if self.shell.live:
-            self.fields[name].change(**given)
-            return
-        self.fields[name].change(None, inputs=[], outputs=[], **{JS: f"() => {{ embeddingEstimateCount('{name}'); }}"})
-        answered = self.count[name].click(**given)
-        answered.then(None, inputs=[], outputs=[], **{JS: f"() => {{ embeddingEstimateCounted('{name}'); }}"})
+        for event in (self.fields[name].change, self.count[name].click):
+            event(
+                lambda text, steps: self._count(text, steps, name == "negative"),
+                inputs=[self.fields[name], self.fields["sampling_steps"]], outputs=[self.counters[name]],
+                queue=False, show_progress="hidden",
+            )  # fmt: skip
 
     def _connect_visibility(self) -> None:
         for source, shown, when in (
