@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -194,18 +195,24 @@ def _fit(args: argparse.Namespace) -> int:
 def _run(request: EstimateRequest, options: ModelOptions, errors: list[tuple[int, float]] | None = None) -> Any:
     """Runs an estimate with progress bars on stderr; returns its Outcome."""
     from lib_estimate import job
-    from lib_estimate.fit import Cancel
+    from lib_estimate.fit import Cancel, StepReport
     from lib_estimate.hosts.standalone import StandaloneHost
 
     host = StandaloneHost(options, Path(request.out))
-    cancel = Cancel()
+    cancel, before, last = Cancel(), 0, 0
     with _interrupts(cancel), _Bars() as bars:
         for progress in job.estimate(request, host, cancel):
             if isinstance(progress, job.Outcome):
                 return progress
             bars.show(progress)
-            if errors is not None and getattr(progress, "error", None) is not None:
-                errors.append((progress.step, progress.error))
+            if errors is None or not isinstance(progress, StepReport):
+                continue
+            if progress.step <= last - before:  # another stage, and another measure
+                before = last
+                errors.append((before, math.nan))
+            last = before + progress.step
+            if progress.error is not None:
+                errors.append((last, progress.error))
     raise AssertionError("an estimate ends with an Outcome")
 
 

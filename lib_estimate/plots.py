@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,8 @@ def live_curve(
 ) -> Image.Image:
     """The curve as it grows, quickly drawn: losses and errors as (step, value) on a logarithmic axis.
 
+    Where an error is not a number, its line breaks off.
+
     Grey: the loss of each step. Blue: the error on noise not learnt from. Red, dashed: the prompt without its weights.
     """
     width, height = CURVE_SIZE
@@ -106,10 +109,11 @@ def live_curve(
         pen.line((MARGIN, y, width - GAP, y), fill=(225, 225, 225))
         pen.text((4, y - 7), f"{10.0**power:g}", fill=(110, 110, 110), font=font)
     pen.line([at(s, v) for s, v in losses if v > 0], fill=(165, 165, 165), width=1)
-    for step, error in errors:
-        x, y = at(step, error)
-        pen.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), fill=(30, 100, 200))
-    pen.line([at(s, v) for s, v in errors], fill=(30, 100, 200), width=2)
+    for gap, stretch in groupby(errors, lambda point: math.isnan(point[1])):
+        points = [] if gap else [at(step, error) for step, error in stretch]
+        for x, y in points:
+            pen.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), fill=(30, 100, 200))
+        pen.line(points, fill=(30, 100, 200), width=2)
     if unweighted:
         y = at(0, unweighted)[1]
         for x in range(MARGIN, width - GAP, 12):

@@ -54,7 +54,6 @@ class Watcher:
     drawn: float = 0.0
     before: int = 0  # steps of earlier stages
     part: str = ""
-    start_error: float | None = None
 
     def see(self, progress: job.Progress) -> View:
         words = ""
@@ -78,16 +77,16 @@ class Watcher:
     def _learning(self, report: StepReport) -> str:
         if report.part != self.part:
             self.before, self.part = (self.losses[-1][0] if self.losses else 0), report.part
+            if self.errors:  # another part is judged by another measure
+                self.errors.append((self.before, math.nan))
         at = self.before + report.step
         self.losses.append((at, report.loss))
         if report.error is not None and math.isfinite(report.error):
             self.errors.append((at, report.error))
         self._move("Learning", at / (self.before + report.steps) * (0.9 if not self.before else 1.0))
-        if self.start_error is None:
-            self.start_error = report.start_error
         return (
             f"Learning ({report.part}): step {report.step} of {report.steps}, loss {report.loss:.4f}, "
-            f"error {report.best_error:.4f} (it was {self.start_error:.4f} at the start)"
+            f"error {report.best_error:.4f} (it was {report.start_error:.4f} at the start)"
         )
 
     def _left(self) -> float | None:

@@ -40,7 +40,7 @@ def test_emphasis_is_carried(host, tmp_path) -> None:
     assert figures.recovered == pytest.approx(1 - figures.error / figures.unweighted_error)
     assert set(figures.pictures) == {"prompt", "embedding", "unweighted"}
     assert len(figures.pictures["prompt"]) == 1
-    assert 0 < figures.pixel_difference < 0.5 * figures.unweighted_pixel_difference
+    assert 0 < figures.pixel_difference < 0.75 * figures.unweighted_pixel_difference
 
 
 @pytest.mark.parametrize(("part", "share"), [(Part.CROSS_ATTENTION, 0.3), (Part.UNET, 0.6), (Part.TRANSFORMER, 0.7)])

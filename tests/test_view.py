@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from PIL import Image
@@ -43,3 +44,11 @@ def test_the_curve_shows_what_it_is_given() -> None:
     with_plain = live_curve([(1, 0.1), (2, 0.01)], [(1, 0.05), (2, 0.02)], 0.03)
     assert len({image.tobytes() for image in (empty, with_errors, with_plain)}) == 3
     assert live_curve([(1, float("nan"))], [], None).size == empty.size
+
+
+def test_the_curve_breaks_off_between_two_measures() -> None:
+    losses, errors = [(1, 0.5), (40, 0.1)], [(1, 1.0), (20, 0.9), (21, 0.1), (40, 0.09)]
+    joined = live_curve(losses, errors, None)
+    apart = live_curve(losses, [*errors[:2], (20, math.nan), *errors[2:]], None)
+    blue = [sum(pixel == (30, 100, 200) for pixel in picture.getdata()) for picture in (joined, apart)]
+    assert 0 < blue[1] < blue[0]
