@@ -7,20 +7,29 @@ const embeddingEstimateTask = "embedding_estimate_task_id";
 function embeddingEstimateFollow(id, patience) {
     const bar = gradioApp().getElementById("embedding_estimate_progress");
     const preview = gradioApp().getElementById("embedding_estimate_preview");
-    const atEnd = () => localRemove(embeddingEstimateTask);
+    const results = gradioApp().getElementById("embedding_estimate_results").classList;
+    const atEnd = () => {
+        localRemove(embeddingEstimateTask);
+        results.remove("running");
+    };
+    results.add("running"); // pales what is still there of the run before
     requestProgress(id, bar, preview, atEnd, null, patience);
     return id;
 }
 
 function embeddingEstimateSubmit(...values) {
     const id = randomId();
+    embeddingEstimateRestoring = true; // nothing older is to be shown any more
     localSet(embeddingEstimateTask, id);
     embeddingEstimateFollow(id, 40);
     values[0] = id;
     return values;
 }
 
+let embeddingEstimateRestoring = false;
+
 function embeddingEstimateRestore() {
+    embeddingEstimateRestoring = true;
     const id = localGet(embeddingEstimateTask);
     return id ? embeddingEstimateFollow(id, 0) : "";
 }
@@ -49,8 +58,15 @@ function embeddingEstimateCount(name) {
 if (typeof onUiLoaded === "function") {
     onUiLoaded(() => {
         ["prompt", "negative"].forEach(embeddingEstimateCount);
-        if (localGet(embeddingEstimateTask)) {
-            gradioApp().getElementById("embedding_estimate_restore")?.click();
+        if (!localGet(embeddingEstimateTask)) {
+            return;
         }
+        const asking = setInterval(() => { // Gradio hears no click for a while after the page is there
+            if (embeddingEstimateRestoring || !localGet(embeddingEstimateTask)) {
+                clearInterval(asking);
+            } else {
+                gradioApp().getElementById("embedding_estimate_restore")?.click();
+            }
+        }, 300);
     });
 }
