@@ -12,12 +12,20 @@ from lib_estimate.errors import RequestError
 from lib_estimate.hosts import denoising
 from lib_estimate.hosts.base import Conditioning
 from lib_estimate.initial import initial_vectors
-from lib_estimate.objectives import CrossAttention, Denoising, HiddenState, InSentences, Together
+from lib_estimate.objectives import (
+    CrossAttention,
+    Denoising,
+    DenoisingInSentences,
+    HiddenState,
+    InSentences,
+    Together,
+)
 from lib_estimate.registry import LOSSES
 from lib_estimate.sentences import distinct
 from tests.conftest import all_parameters, record
 
-PARTS = ("transformer", "unet", "cross-attention", "in sentences", "together")
+SENTENCES = ("in sentences", "denoising in sentences")
+PARTS = ("transformer", "unet", "cross-attention", *SENTENCES, "together")
 
 
 def make(part: str, session, request, loss: str = "MSE"):
@@ -30,6 +38,9 @@ def make(part: str, session, request, loss: str = "MSE"):
         return CrossAttention(session, material.target, material.queries, distance)
     if part == "in sentences":
         return InSentences(session, material.target, material.queries, distance, request.prompt, ())
+    if part == "denoising in sentences":
+        m = material
+        return DenoisingInSentences(session, m.target, m.bank, m.checks, distance, request.prompt, ())
     other = record(session, request, "a photo of {}, large")
     pair = [CrossAttention(session, m.target, m.queries, distance) for m in (material, other)]
     return Together(pair)
@@ -123,8 +134,17 @@ def test_in_sentences_the_plain_prompt_has_a_loss_of_one(session, short) -> None
     assert torch.allclose(shares, torch.ones_like(shares), rtol=1e-3), shares
 
 
-def test_sentences_are_fresh_at_every_step_and_never_those_to_avoid(session, short) -> None:
-    objective = make("in sentences", session, short)
+def test_the_plain_prompt_is_the_measure_of_predicted_noise_in_sentences_too(session, short) -> None:
+    objective = make("denoising in sentences", session, short)
+    objective.floor = 0.0
+    drawn = objective.draw(torch.Generator().manual_seed(0), fixed=False)
+    with torch.no_grad():
+        assert objective.loss(session.token_vectors("a red circle"), drawn).item() == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("part", SENTENCES)
+def test_sentences_are_fresh_at_every_step_and_never_those_to_avoid(part, session, short) -> None:
+    objective = make(part, session, short)
     generator = torch.Generator().manual_seed(0)
     first, second = (objective.draw(generator, fixed=False)[0] for _ in range(2))
     assert first[0] == second[0] == session.placeholder
