@@ -38,7 +38,7 @@ class Stage:
 
 DEFAULTS = {
     Part.TRANSFORMER: Stage(Part.TRANSFORMER, "Adam", "", "cosine", 300, share=0.08),
-    Part.UNET: Stage(Part.UNET, "Adam", "", "cosine", 600, share=1.0),
+    Part.UNET: Stage(Part.UNET, "Adam", "", "cosine", 600, share=0.4),
     # L-BFGS sees the same few queries at every step: a smooth, deterministic problem, which is what it is best at.
     Part.CROSS_ATTENTION: Stage(Part.CROSS_ATTENTION, "LBFGS", "1", "constant", 120),
 }
