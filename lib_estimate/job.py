@@ -145,7 +145,9 @@ def check_destination(request: EstimateRequest) -> Path:
 
 def _notes(request: EstimateRequest, session: Session) -> Iterator[Note]:
     shadow = embedding_file.shadowed_word(request.name, session.token_ids)
-    for text in [*session.notes(request.text), *([shadow] if shadow else [])]:
+    texts = dict.fromkeys([request.text, request.prompt, request.negative, request.init, *request.sentence])
+    notes = dict.fromkeys(note for text in texts if text for note in session.notes(text))
+    for text in [*notes, *([shadow] if shadow else [])]:
         yield Note(text)
 
 

@@ -38,7 +38,8 @@ class Objective(Protocol):
 class HiddenState:
     """Match the text encoder's hidden states at all positions: d(z(E), z*) / d(z(empty), z*).
 
-    The positions after the embedding count too: the U-Net attends to padding as well.
+    The positions after the embedding count too: the U-Net attends to padding as well. Where the model takes a pooled
+    vector, it is half of the loss.
     """
 
     def __init__(self, session: Session, target: Target, distance: Distance) -> None:
@@ -53,15 +54,25 @@ class HiddenState:
                 f"The prompt is longer than one chunk of {session.info.chunk_length} tokens, and the transformer part "
                 "compares one chunk. Use the unet part, or shorten the prompt."
             )
-        self.session, self.target, self.wanted, self.distance = session, target, wanted.hidden, distance
-        self.scale = 1 / distance(target.empty.hidden, wanted.hidden).mean().clamp_min(TINY)
+        self.session, self.target, self.wanted, self.distance = session, target, _tensors(wanted), distance
+        pairs = zip(_tensors(target.empty), self.wanted, strict=True)
+        self.scales = [1 / distance(empty, z).mean().clamp_min(TINY) for empty, z in pairs]
 
     def draw(self, generator: torch.Generator, fixed: bool) -> None:
         return None
 
     def loss(self, vectors: Vectors, drawn: None) -> Tensor:
-        hidden = self.target.embed(self.session, vectors).hidden
-        return self.distance(hidden, self.wanted).mean() * self.scale
+        given = _tensors(self.target.embed(self.session, vectors))
+        terms = [
+            self.distance(z, wanted).mean() * scale
+            for z, wanted, scale in zip(given, self.wanted, self.scales, strict=True)
+        ]
+        return torch.stack(terms).mean()
+
+
+def _tensors(conditioning: Conditioning) -> list[Tensor]:
+    """All that the U-Net is told: hidden states `[B, T, C]`, and `[B, P]` where there is a pooled vector."""
+    return [conditioning.hidden, *([] if conditioning.pooled is None else [conditioning.pooled])]
 
 
 class Denoising:
@@ -98,7 +109,8 @@ class CrossAttention:
 
         mean over layers l of d(A_l(q, z(E)), A_l(q, z*)) / d(A_l(q, z(empty)), A_l(q, z*))
 
-    No U-Net runs: a step costs the text encoder and the layers themselves, over a few queries.
+    No U-Net runs: a step costs the text encoder and the layers themselves, over a few queries. The pooled vector, which
+    SDXL adds to the timestep instead of attending to it, counts like the output of one more layer.
     """
 
     def __init__(self, session: Session, target: Target, queries: Queries, distance: Distance) -> None:
@@ -113,7 +125,10 @@ class CrossAttention:
         with torch.no_grad():
             self.wanted = [self._under_target(layer, hidden, queries) for layer, hidden in self._pairs(queries)]
             empty = [layer(h, target.empty.hidden) for layer, h in zip(self.layers, self.hidden, strict=True)]
-        far = [distance(e, w).mean().clamp_min(TINY) for e, w in zip(empty, self.wanted, strict=True)]
+            if target.empty.pooled is not None:
+                empty.append(target.empty.pooled)
+                self.wanted.append(torch.cat([target.wanted(s)[0][1].pooled for s in queries.step.unique().tolist()]))
+        far = [distance(*_alike(e, w)).mean().clamp_min(TINY) for e, w in zip(empty, self.wanted, strict=True)]
         self.scales = [1 / f for f in far]
 
     def _pairs(self, queries: Queries):
@@ -132,12 +147,19 @@ class CrossAttention:
         return None
 
     def loss(self, vectors: Vectors, drawn: None) -> Tensor:
-        context = self.target.embed(self.session, vectors).hidden
+        context = self.target.embed(self.session, vectors)
+        out = [layer(hidden, context.hidden) for layer, hidden in zip(self.layers, self.hidden, strict=True)]
+        out += [] if context.pooled is None else [context.pooled]
         terms = [
-            self.distance(layer(hidden, context), wanted).mean() * scale
-            for layer, hidden, wanted, scale in zip(self.layers, self.hidden, self.wanted, self.scales, strict=True)
+            self.distance(*_alike(given, wanted)).mean() * scale
+            for given, wanted, scale in zip(out, self.wanted, self.scales, strict=True)
         ]
         return torch.stack(terms).mean()
+
+
+def _alike(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """One pooled vector `[1, P]` is held against those of all steps `[S, P]`; the rest is of one shape anyway."""
+    return given.expand_as(wanted), wanted
 
 
 class InSentences:
@@ -148,10 +170,11 @@ class InSentences:
         d(A(z_s(E)), A(z_s*)) / (d(A(z_s(plain)), A(z_s*)) + FLOOR d(A(z(empty)), A(z_s*))),  A(z) = A_l(q, z)
 
     so 1 means "as far off as without the weights" in every sentence, weak or strong. The stand-alone term counts ALONE
-    times as much as a sentence.
+    times as much as a sentence. The pooled vector is one more layer; weights don't change it, so it has a floor of its
+    own.
     """
 
-    FLOOR, ALONE, FRESH, FIXED = 0.001, 6.0, 3, 24
+    FLOOR, POOLED_FLOOR, ALONE, FRESH, FIXED = 0.001, 0.05, 6.0, 3, 24
     QUERIES = 96  # per layer and sentence
 
     def __init__(
@@ -178,28 +201,35 @@ class InSentences:
     def prepared(self, chosen: Sequence[str], generator: torch.Generator) -> list[tuple]:
         """For sentences, the embedding alone first: frames, weights `[S]`, and per layer queries, target and scale."""
         frames, wanted, plain = in_sentences(self.session, self.text, chosen)
-        empty = self.target.empty.hidden.expand(len(chosen), -1, -1)
-        weights = torch.ones(len(chosen), device=wanted.device)
+        empty = self.target.empty.expand(len(chosen))
+        weights = torch.ones(len(chosen), device=wanted.hidden.device)
         weights[0] = self.ALONE
-        data = []
+        queries, data = [], []
         for layer, hidden in zip(self.layers, self.hidden, strict=True):
             at = torch.randperm(len(hidden), generator=generator)[: self.QUERIES].to(hidden.device)
             q = hidden[at][None].expand(len(chosen), -1, -1)
-            y = layer(q, wanted)
-            off = self.distance(layer(q, plain), y) + self.FLOOR * self.distance(layer(q, empty), y)
-            data.append((q, y, 1 / off.clamp_min(TINY)))
-        return [frames, weights / weights.sum(), data]
+            queries.append(q)
+            y = layer(q, wanted.hidden)
+            data.append((y, self._scale(y, layer(q, plain.hidden), layer(q, empty.hidden), self.FLOOR)))
+        if wanted.pooled is not None:
+            y = wanted.pooled
+            data.append((y, self._scale(y, plain.pooled, empty.pooled, self.POOLED_FLOOR)))
+        return [frames, weights / weights.sum(), queries, data]
+
+    def _scale(self, wanted: Tensor, plain: Tensor, empty: Tensor, floor: float) -> Tensor:
+        """What makes a distance 1 that is as large as without weights, `[S]`."""
+        return 1 / (self.distance(plain, wanted) + floor * self.distance(empty, wanted)).clamp_min(TINY)
 
     def loss(self, vectors: Vectors, drawn: list) -> Tensor:
         return (self.shares(vectors, drawn) * drawn[1]).sum()
 
     def shares(self, vectors: Vectors, drawn: list) -> Tensor:
         """Each sentence's own loss `[S]`, mean over the layers."""
-        frames, _, data = drawn
-        context = self.session.encode(frames, vectors).hidden
-        terms = [
-            self.distance(layer(q, context), y) * scale for layer, (q, y, scale) in zip(self.layers, data, strict=True)
-        ]
+        frames, _, queries, data = drawn
+        context = self.session.encode(frames, vectors)
+        out = [layer(q, context.hidden) for layer, q in zip(self.layers, queries, strict=True)]
+        out += [] if context.pooled is None else [context.pooled]
+        terms = [self.distance(given, y) * scale for given, (y, scale) in zip(out, data, strict=True)]
         return torch.stack(terms).mean(0)
 
 
@@ -242,20 +272,20 @@ class DenoisingInSentences:
 
     def loss(self, vectors: Vectors, drawn: list) -> Tensor:
         frames, x, timestep, wanted, scales = drawn
-        eps = self._noise(x, timestep, self.session.encode(frames, vectors).hidden)
+        eps = self._noise(x, timestep, self.session.encode(frames, vectors))
         return (self._by_sentence(eps, wanted) * scales).mean()
 
-    def _noise(self, x: Tensor, timestep: Tensor, hidden: Tensor) -> Tensor:
-        """eps of x `[S*L, c, h, w]`, L latents after each other under each of hidden `[S, T, C]`."""
-        return self.session.predict_noise(x, timestep, Conditioning(hidden.repeat_interleave(self.LATENTS, 0)))
+    def _noise(self, x: Tensor, timestep: Tensor, sentences: Conditioning) -> Tensor:
+        """eps of x `[S*L, c, h, w]`, L latents after each other under each of S conditionings."""
+        return self.session.predict_noise(x, timestep, sentences.repeat_each(self.LATENTS))
 
     def _by_sentence(self, eps: Tensor, wanted: Tensor) -> Tensor:
         """Distances `[S]`."""
         return self.distance(eps, wanted).view(-1, self.LATENTS).mean(1)
 
 
-def in_sentences(session: Session, text: str, chosen: Sequence[str]) -> tuple[list[str], Tensor, Tensor]:
-    """Sentences as frames for the embedding, and their hidden states `[S, T, C]` with the prompt and without weights.
+def in_sentences(session: Session, text: str, chosen: Sequence[str]) -> tuple[list[str], Conditioning, Conditioning]:
+    """Sentences as frames for the embedding, and their S conditionings with the prompt and without its weights.
 
     Only the prompt's own weights are left out, not the sentence's.
     """
@@ -266,7 +296,7 @@ def in_sentences(session: Session, text: str, chosen: Sequence[str]) -> tuple[li
         plain = session.encode(filled, weighted=False)
     else:
         plain = session.encode(frames, rows)
-    return frames, session.encode(filled).hidden, plain.hidden
+    return frames, session.encode(filled), plain
 
 
 def spread(available: int, count: int, generator: torch.Generator | None) -> Tensor:

@@ -68,7 +68,9 @@ def _field(default: Any, help: str, *, low: float | None = None, high: float | N
 class ModelOptions:
     """Which model a host without a webui loads, and how it reads prompts. A webui has these as its own settings."""
 
-    model: str = _field("", "diffusers folder, or a single .safetensors / .ckpt file of the Stable Diffusion 1 family")
+    model: str = _field(
+        "", "diffusers folder, or a single .safetensors / .ckpt file, of the Stable Diffusion 1, 2 or XL family"
+    )
     device: str = _field("auto", "where to compute: auto, cpu, cuda, cuda:1, mps")
     dtype: str = _field(
         "auto",
@@ -76,7 +78,10 @@ class ModelOptions:
         choices=("auto", "float32", "float16", "bfloat16"),
     )
     emphasis: Emphasis = _field(Emphasis.ORIGINAL, "how (word:1.4) is applied, as in the webui's settings")
-    clip_skip: int = _field(1, "which layer of the text encoder is read, counted from its end", low=1, high=12)
+    clip_skip: int = _field(
+        1, "which layer of the text encoder is read, counted from its end (Stable Diffusion 1)", low=1, high=12
+    )
+    sdxl_clip_l_skip: bool = _field(False, "clip skip moves the layer of SDXL's first text encoder, too")
 
 
 @dataclass(frozen=True)

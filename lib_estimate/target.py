@@ -84,16 +84,18 @@ def build_target(request: EstimateRequest, session: Session, sentence: str = HOL
     texts[is_negative] = sentence.replace(HOLE, request.text)
     positive, negative = session.read(texts[0], steps), session.read(texts[1], steps, negative=True)
     frame = _frame(session, sentence, is_negative)
-    guidance = _guidance(_encode(session, positive), _encode(session, negative), steps)
+    guidance = _guidance(_encode(session, positive), _encode(session, negative, negative=True), steps)
     unweighted = _guidance(
-        _encode(session, positive, weighted=is_negative), _encode(session, negative, weighted=not is_negative), steps
+        _encode(session, positive, weighted=is_negative),
+        _encode(session, negative, weighted=not is_negative, negative=True),
+        steps,
     )
     own = session.token_vectors(request.text) if sentence != HOLE and _simple(positive, negative) else {}
     if own and 0 < max(map(len, own.values())) <= session.info.chunk_length:
         # Only the prompt's own weights are left out, not the sentence's.
         plain = session.encode([frame], own)
         unweighted = Target(guidance, None, plain, is_negative, frame).with_embedding(plain)
-    target = Target(guidance, unweighted, session.encode([""]), is_negative, frame)
+    target = Target(guidance, unweighted, session.encode([""], negative=is_negative), is_negative, frame)
     return target if _differ(target) else Target(guidance, None, target.empty, is_negative, frame)
 
 
@@ -114,18 +116,20 @@ def _differ(target: Target) -> bool:
     plain = Target(target.plain or (), None, target.empty, target.negative, target.frame)
     for step in range(len(target.guidance)):
         for (_, a), (_, b) in zip(target.wanted(step), plain.wanted(step), strict=True):
-            if a.hidden.shape != b.hidden.shape or not torch.equal(a.hidden, b.hidden):
+            if not a.same_as(b):
                 return True
     return False
 
 
-def _encode(session: Session, parts: Sequence[PromptPart], *, weighted: bool = True) -> PartConditionings:
+def _encode(
+    session: Session, parts: Sequence[PromptPart], *, weighted: bool = True, negative: bool = False
+) -> PartConditionings:
     """Each part's texts with their conditionings. The texts of one schedule are encoded together, as a webui does."""
     out: PartConditionings = []
     for part in parts:
         texts = list(dict.fromkeys(text for _, text in part.texts))
-        hidden = session.encode(texts, weighted=weighted, together=True).hidden
-        out.append((part, {text: Conditioning(hidden[i : i + 1]) for i, text in enumerate(texts)}))
+        encoded = session.encode(texts, weighted=weighted, together=True, negative=negative)
+        out.append((part, {text: encoded.rows(slice(i, i + 1)) for i, text in enumerate(texts)}))
     return out
 
 
@@ -228,10 +232,7 @@ def _spread(available: int, count: int) -> list[int]:
 def _other_is_empty(target: Target) -> bool:
     """Whether the prompt on the other side of CFG is empty, so that its eps is the empty prompt's."""
     others = [[c for _, c in g.positive] if target.negative else [g.negative] for g in target.guidance]
-    return all(
-        len(o) == 1 and o[0].hidden.shape == target.empty.hidden.shape and torch.equal(o[0].hidden, target.empty.hidden)
-        for o in others
-    )
+    return all(len(o) == 1 and o[0].same_as(target.empty) for o in others)
 
 
 @torch.no_grad()

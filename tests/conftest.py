@@ -56,5 +56,5 @@ def record(session: StandaloneSession, request: EstimateRequest, sentence: str =
 
 
 def all_parameters(host: StandaloneHost) -> list[torch.Tensor]:
-    networks = (host.parts.text_encoder, host.parts.unet, host.parts.vae)
+    networks = host.parts.networks()
     return [p.detach().clone() for network in networks for p in network.parameters()]

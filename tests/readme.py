@@ -19,11 +19,12 @@ HEADINGS = {
     "README_ja.md": "| フラグ | 既定値 | 範囲・選択肢 | 説明 |",
 }
 JAPANESE = {
-    "model": "diffusers フォルダ、または Stable Diffusion 1 系の .safetensors / .ckpt ファイル",
+    "model": "diffusers フォルダ、または .safetensors / .ckpt ファイル (Stable Diffusion 1, 2, XL 系)",
     "device": "計算する場所: auto, cpu, cuda, cuda:1, mps",
     "dtype": "モデルの重みの数値形式。auto は GPU で float16、CPU で float32",
     "emphasis": "(word:1.4) の適用方法。webui の設定と同じ",
-    "clip_skip": "テキストエンコーダーのどの層を読むか (最後から数える)",
+    "clip_skip": "テキストエンコーダーのどの層を読むか (最後から数える。Stable Diffusion 1)",
+    "sdxl_clip_l_skip": "clip skip を SDXL の一つ目のテキストエンコーダーにも適用する",
     "prompt": "推定するプロンプト。強調を含めて書く: a (red:1.6) circle",
     "name": "埋め込みの名前。プロンプトで使う単語であり、ファイル名でもある",
     "negative": "ネガティブプロンプト",

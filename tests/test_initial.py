@@ -20,7 +20,7 @@ def start(session, short: EstimateRequest, **change) -> torch.Tensor:
 
 
 def rows_of(session, text: str) -> torch.Tensor:
-    return session._table.weight[session.token_ids(text)].float()
+    return session.parts.text_encoders[0].table.weight[session.token_ids(text)].float()
 
 
 def test_blank_means_the_prompt_without_its_weights(session, short) -> None:
@@ -72,7 +72,7 @@ def test_random_rows_take_a_generator() -> None:
 
 
 def test_an_embedding_in_the_text_stands_in_full(host, short, tmp_path) -> None:
-    rows = torch.randn(3, host.parts.text_encoder.config.hidden_size)
+    rows = torch.randn(3, host.parts.text_encoders[0].model.config.hidden_size)
     embedding_file.save(Embedding("myword", {KEY: rows}, {}), tmp_path / "myword.pt")
     with_folder = StandaloneHost.__new__(StandaloneHost)
     with_folder.__dict__ |= host.__dict__ | {"embeddings": tmp_path}

@@ -170,7 +170,7 @@ def test_the_model_is_as_it_was_before(host, short) -> None:
 
 def test_the_model_is_given_back_after_an_error(host, short, monkeypatch) -> None:
     flags = [p.requires_grad for p in host.parts.unet.parameters()]
-    text = getattr(host.parts.text_encoder, "text_model", host.parts.text_encoder)
+    text = getattr(host.parts.text_encoders[0].model, "text_model", host.parts.text_encoders[0].model)
 
     def breaks(*_):
         raise RuntimeError("CUDA out of memory")

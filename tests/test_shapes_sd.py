@@ -81,7 +81,7 @@ def test_pictures_repeat_from_a_seed() -> None:
 
 
 def test_unused_rows_look_like_used_ones(session) -> None:
-    table = session._table.weight.float()
+    table = session.parts.text_encoders[0].table.weight.float()
     used = table[session.token_ids("red circle blue square background")]
     unused = table[10_000:10_500]
     assert unused.norm(dim=1).mean().item() == pytest.approx(used.norm(dim=1).mean().item(), rel=0.5)
@@ -139,5 +139,5 @@ def test_the_exported_file_gives_the_training_models_pictures_and_states(trained
         decoded = [model.decode(latents[0]).sample for model in (vae, host.parts.vae)]
         assert torch.allclose(*decoded, atol=2e-2)
         rows = torch.randint(0, 50, (2, 77), generator=torch.Generator().manual_seed(1))
-        states = [text.eval()(rows).last_hidden_state, host.parts.text_encoder(used[rows]).last_hidden_state]
+        states = [text.eval()(rows).last_hidden_state, host.parts.text_encoders[0].model(used[rows]).last_hidden_state]
     assert torch.allclose(*states, atol=2e-2)

@@ -25,8 +25,8 @@ def folder(host, tmp_path_factory):
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     parts = host.parts
     StableDiffusionPipeline(
-        vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, unet=parts.unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=parts.vae, text_encoder=parts.text_encoders[0].model, tokenizer=parts.tokenizer, unet=parts.unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(path)  # fmt: skip
     return path
 
@@ -53,12 +53,12 @@ def test_a_diffusers_folder_is_the_same_model(host, folder) -> None:
 def test_states_are_the_text_models_own(host) -> None:
     ids = host.parts.tokenizer("a red circle", padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
-        assert torch.equal(states(host, "a red circle"), host.parts.text_encoder(ids).last_hidden_state)
+        assert torch.equal(states(host, "a red circle"), host.parts.text_encoders[0].model(ids).last_hidden_state)
 
 
 def test_clip_skip_reads_an_earlier_layer(host) -> None:
     ids = host.parts.tokenizer("a red circle", padding="max_length", return_tensors="pt").input_ids
-    model: CLIPTextModel = host.parts.text_encoder
+    model: CLIPTextModel = host.parts.text_encoders[0].model
     with torch.no_grad():
         layers = model(ids, output_hidden_states=True).hidden_states
         norm = getattr(model, "text_model", model).final_layer_norm
@@ -117,8 +117,8 @@ def test_a_trajectory_is_what_ddim_does(host) -> None:
     )
     parts = host.parts
     pipeline = StableDiffusionPipeline(
-        vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, unet=parts.unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=parts.vae, text_encoder=parts.text_encoders[0].model, tokenizer=parts.tokenizer, unet=parts.unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     with host.session() as session:
@@ -190,8 +190,8 @@ def test_a_ckpt_is_read_weights_only(host, tmp_path) -> None:
     ("change", "words"),
     [
         (lambda w: {k: v for k, v in w.items() if not k.startswith("model.diffusion")}, "LoRA"),
-        (lambda w: w | {"conditioner.embedders.1.model.x": torch.zeros(1)}, "SDXL"),
-        (lambda w: w | {"cond_stage_model.model.ln_final.weight": torch.zeros(1)}, "Stable Diffusion 2"),
+        (lambda w: w | {"conditioner.embedders.0.model.x": torch.zeros(1)}, "refiner"),
+        (lambda w: w | {"ztsnr": torch.zeros(1)}, "zero terminal SNR"),
         (lambda w: {k: v for k, v in w.items() if "encoder.layers.1.mlp.fc1" not in k}, "not complete"),
     ],
 )
@@ -207,8 +207,10 @@ def test_a_folder_of_another_family_is_refused(folder, tmp_path) -> None:
     with pytest.raises(ModelError, match=r"model_index\.json"):
         StandaloneHost(ModelOptions(model=str(tmp_path)))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
-    (tmp_path / "text_encoder_2").mkdir()
     with pytest.raises(ModelError, match="family"):
+        StandaloneHost(ModelOptions(model=str(tmp_path)))
+    (tmp_path / "text_encoder_2").mkdir()
+    with pytest.raises(ModelError, match="refiner"):
         StandaloneHost(ModelOptions(model=str(tmp_path)))
 
 

@@ -35,9 +35,43 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net is told: the text encoder's hidden states `[B, T, C]`, T a multiple of a chunk's positions."""
+    """What the U-Net is told: the text encoders' hidden states `[B, T, C]`, T a multiple of a chunk's positions, and
+    where the model takes one (SDXL) the pooled vector `[B, P]` of the first chunk."""
 
     hidden: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def rows(self, at: slice) -> Conditioning:
+        return Conditioning(self.hidden[at], None if self.pooled is None else self.pooled[at])
+
+    def expand(self, count: int) -> Conditioning:
+        """One conditioning for `count` latents; more are left as they are."""
+        if len(self) != 1:
+            return self
+        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
+        return Conditioning(self.hidden.expand(count, -1, -1), pooled)
+
+    def repeat_each(self, count: int) -> Conditioning:
+        """Every row `count` times, after each other."""
+        pooled = None if self.pooled is None else self.pooled.repeat_interleave(count, 0)
+        return Conditioning(self.hidden.repeat_interleave(count, 0), pooled)
+
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """The rows of both."""
+        pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])
+        return Conditioning(torch.cat([self.hidden, other.hidden]), pooled)
+
+    def same_as(self, other: Conditioning) -> bool:
+        """Whether the U-Net is told the same."""
+        if (self.pooled is None) != (other.pooled is None):
+            return False
+        pairs = [(self.hidden, other.hidden)]
+        if self.pooled is not None:
+            pairs.append((self.pooled, other.pooled))
+        return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -139,11 +173,13 @@ class Session(Protocol):
         *,
         weighted: bool = True,
         together: bool = False,
+        negative: bool = False,
     ) -> Conditioning:
-        """Hidden states `[B, T, C]`; shorter texts are filled up with empty chunks, as a webui does.
+        """What the U-Net is told by texts; shorter ones are filled up with empty chunks, as a webui does.
 
         Gradients reach `vectors` where the placeholder stands. `weighted=False` reads the same tokens with all weights
         at one. `together`: the texts are one prompt's schedule, which "Original" emphasis normalises as one.
+        `negative`: they stand in the negative prompt, which SDXL is given as zeros where it is empty.
         """
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

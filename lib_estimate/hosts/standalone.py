@@ -1,7 +1,6 @@
-"""The host without a webui: a Stable Diffusion 1 checkpoint loaded through diffusers and transformers.
+"""The host without a webui: a Stable Diffusion 1, 2 or XL checkpoint loaded through diffusers and transformers.
 
-Leans on: the forward hook of the text encoder's `token_embedding`, `hidden_states` and `final_layer_norm` of
-transformers' CLIP text model (4.30 to 5), diffusers' `UNet2DConditionModel` and `AutoencoderKL`.
+Leans on diffusers' `UNet2DConditionModel` and `AutoencoderKL` (read in 0.42), and on what text_encoder.py says.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from lib_estimate import embedding_file
@@ -31,11 +31,11 @@ from lib_estimate.hosts.base import (
     Trajectory,
     Watch,
 )
+from lib_estimate.hosts.text_encoder import TextEncoder
 from lib_estimate.request import ModelOptions
 
 log = logging.getLogger(__name__)
 
-KEY = "clip_l"
 PLACEHOLDER = "embeddingestimateplaceholder"
 MOST_BATCHES = 64
 
@@ -47,12 +47,12 @@ class StandaloneHost:
         self.device = _device(options.device)
         self.options, self.embeddings = options, embeddings
         self.parts = checkpoint.load(Path(options.model), _dtype(options.dtype, self.device))
-        for network in (self.parts.text_encoder, self.parts.unet, self.parts.vae):
+        for network in self.parts.networks():
             network.to(self.device).eval()
 
     @contextmanager
     def session(self) -> Iterator[StandaloneSession]:
-        networks = (self.parts.text_encoder, self.parts.unet, self.parts.vae)
+        networks = self.parts.networks()
         flags = [(p, p.requires_grad) for network in networks for p in network.parameters()]
         modes = [(module, module.training) for network in networks for module in network.modules()]
         session = StandaloneSession(self)
@@ -90,35 +90,35 @@ class StandaloneSession:
             encode=self.token_ids,
             start=ids.bos_token_id,
             end=ids.eos_token_id,
-            pad=ids.pad_token_id,
+            pad=ids.eos_token_id,  # each text encoder fills up in its own way
             comma=next(iter(self.token_ids(",")), None),
-            chunk_length=parts.text_encoder.config.max_position_embeddings - 2,
+            chunk_length=min(encoder.places for encoder in parts.text_encoders) - 2,
         )
         self.info = ModelInfo(
             name=parts.name,
             hash=parts.hash,
-            widths={KEY: parts.text_encoder.config.hidden_size},
+            widths={encoder.key: encoder.width for encoder in parts.text_encoders},
             chunk_length=self.vocabulary.chunk_length,
-            latent_channels=parts.unet.config.in_channels,
+            latent_channels=parts.vae.config.latent_channels,
             latent_scale=2 ** (len(parts.vae.config.block_out_channels) - 1),
             default_size=parts.default_size,
             device=host.device,
             dtype=self.dtype,
         )
-        self._names = syntax.EmbeddingNames(self.token_ids)
-        self._stored = _stored_embeddings(host.embeddings, self.info.widths[KEY])
+        self._names, self._foreign = syntax.EmbeddingNames(self.token_ids), syntax.EmbeddingNames(self.token_ids)
+        self._stored = _stored_embeddings(host.embeddings)
         for name, rows in self._stored.items():
-            self._names.add(name, len(rows))
-        text = getattr(parts.text_encoder, "text_model", parts.text_encoder)
-        self._table: nn.Embedding = text.embeddings.token_embedding
-        self._final_norm: nn.LayerNorm = text.final_layer_norm
+            fits = [r.shape[1] for r in rows.values()] == list(self.info.widths.values())
+            (self._names if fits else self._foreign).add(name, len(next(iter(rows.values()))))
         self._alphas_cumprod = parts.alphas_cumprod.to(host.device, torch.float32)
         self._batches: dict[tuple, list[ChunkBatch]] = {}
-        self._spliced: list[list[tuple[int, Tensor]]] = []
-        self._hook = self._table.register_forward_hook(self._splice)
+        self._missing = parts.unet.config.in_channels - self.info.latent_channels
+        self._extra: dict[tuple[int, ...], Tensor] = {}
+        self._handles = [encoder.watch() for encoder in parts.text_encoders]
 
     def close(self) -> None:
-        self._hook.remove()
+        for handle in self._handles:
+            handle.remove()
 
     # ---- text ----
 
@@ -130,7 +130,17 @@ class StandaloneSession:
 
     def notes(self, prompt: str) -> list[str]:
         tags = syntax.extra_network_tags(prompt)[1]
-        return [f"{tag} has no effect: extra networks such as LoRA need a webui." for tag in tags]
+        notes = [f"{tag} has no effect: extra networks such as LoRA need a webui." for tag in tags]
+        ids = self.token_ids(prompt)
+        found = [self._foreign.find(ids, position) for position in range(len(ids))]
+        for name in dict.fromkeys(name for name, _, _ in filter(None, found)):
+            widths = " and ".join(str(rows.shape[1]) for rows in self._stored[name].values())
+            needed = " and ".join(map(str, self.info.widths.values()))
+            notes.append(
+                f"The embedding {name} was made for another kind of model (width {widths}; this one has {needed}), so "
+                "its name is read as plain words here."
+            )
+        return notes
 
     def tokens(self, text: str) -> list[list[Token]]:
         return [self._chunk_tokens(chunk) for chunk in self._chunks(text)]
@@ -145,25 +155,28 @@ class StandaloneSession:
         return " ".join(words)
 
     def token_vectors(self, text: str) -> Vectors:
-        rows = []
+        return {encoder.key: self._token_vectors(text, encoder) for encoder in self.parts.text_encoders}
+
+    def _token_vectors(self, text: str, encoder: TextEncoder) -> Tensor:
+        rows = [torch.zeros(0, encoder.width, device=self.device)]
         for chunk in self._chunks(text):
             here = {placed.offset: placed for placed in chunk.placed}
             position, end = 1, self._text_end(chunk)
             while position < end:
                 if position in here:
-                    rows.append(self._stored[here[position].name].to(self.device))
+                    rows.append(self._embedding(here[position].name)[encoder.key].to(self.device))
                     position += here[position].vectors
                 else:
-                    rows.append(self._table.weight[chunk.tokens[position]][None].float())
+                    rows.append(encoder.table.weight[chunk.tokens[position]][None].float())
                     position += 1
-        width = self.info.widths[KEY]
-        return {KEY: torch.cat(rows).detach().clone() if rows else torch.zeros(0, width, device=self.device)}
+        return torch.cat(rows).detach().clone()
 
     def end_vectors(self) -> Vectors:
-        return {KEY: self._table.weight[self.vocabulary.end][None].detach().float()}
+        end = self.vocabulary.end
+        return {e.key: e.table.weight[end][None].detach().float() for e in self.parts.text_encoders}
 
     def table_norm(self) -> dict[str, float]:
-        return {KEY: self._table.weight.detach().float().norm(dim=1).median().item()}
+        return {e.key: e.table.weight.detach().float().norm(dim=1).median().item() for e in self.parts.text_encoders}
 
     def encode(
         self,
@@ -172,10 +185,14 @@ class StandaloneSession:
         *,
         weighted: bool = True,
         together: bool = False,
+        negative: bool = False,
     ) -> Conditioning:
-        rows = None if vectors is None else vectors[KEY]
-        columns = self._prepared(tuple(texts), 0 if rows is None else len(rows))
-        return Conditioning(torch.cat([self._encode_chunks(c, rows, weighted, together) for c in columns], dim=1))
+        columns = self._prepared(tuple(texts), 0 if vectors is None else len(next(iter(vectors.values()))))
+        encoded = [self._encode_chunks(column, vectors, weighted, together) for column in columns]
+        hidden, pooled = torch.cat([hidden for hidden, _ in encoded], dim=1), encoded[0][1]
+        if pooled is not None and negative and not any(texts):
+            return Conditioning(torch.zeros_like(hidden), torch.zeros_like(pooled))
+        return Conditioning(hidden, pooled)
 
     def _prepared(self, texts: tuple[str, ...], count: int) -> list[ChunkBatch]:
         """The texts as batches of chunks, with `count` vectors at the placeholder; kept, as a fit asks every step."""
@@ -203,43 +220,34 @@ class StandaloneSession:
             ids, torch.tensor([c.weights for c in column], device=self.device), [c.placed for c in column]
         )
 
-    def _encode_chunks(self, batch: ChunkBatch, rows: Tensor | None, weighted: bool, together: bool) -> Tensor:
-        """One chunk of each text -> hidden states `[B, T, C]` with emphasis, float32."""
-        self._spliced = [
-            [(p.offset, rows if p.name == PLACEHOLDER else self._stored[p.name].to(self.device)) for p in placed]
-            for placed in batch.placed
+    def _encode_chunks(
+        self, batch: ChunkBatch, vectors: Mapping[str, Tensor] | None, weighted: bool, together: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One chunk of each text -> hidden states `[B, T, C]` with emphasis, and `[B, P]` pooled, float32."""
+        placed = [
+            [(p.offset, vectors if p.name == PLACEHOLDER else self._embedding(p.name)) for p in row]
+            for row in batch.placed
         ]
-        try:
-            z = self._hidden_states(batch.ids)
-        finally:
-            self._spliced = []
-        if not weighted:
-            return z
+        hidden, pooled = [], None
+        for encoder in self.parts.text_encoders:
+            z, own = encoder.states(batch.ids, self.vocabulary.end, placed, self._layer(encoder))
+            hidden.append(self._emphasised(z, batch.weights, together) if weighted else z)
+            pooled = own if own is not None else pooled
+        return torch.cat(hidden, dim=2), pooled
+
+    def _layer(self, encoder: TextEncoder) -> int:
+        skip, moved = self.options.clip_skip, self.options.sdxl_clip_l_skip and len(self.parts.text_encoders) > 1
+        return skip if encoder.clip_skip or (moved and not encoder.pooled) else encoder.layer
+
+    def _emphasised(self, z: Tensor, weights: Tensor, together: bool) -> Tensor:
         mode = self.options.emphasis.value
         if together:
-            return syntax.apply_emphasis(z, batch.weights, mode)
-        pairs = zip(z.split(1), batch.weights.split(1), strict=True)
-        return torch.cat([syntax.apply_emphasis(a, w, mode) for a, w in pairs])
+            return syntax.apply_emphasis(z, weights, mode)
+        return torch.cat([syntax.apply_emphasis(a, w, mode) for a, w in zip(z.split(1), weights.split(1), strict=True)])
 
-    def _hidden_states(self, ids: Tensor) -> Tensor:
-        """The text encoder's states `[B, T, C]` at the chosen layer, after its final norm, float32."""
-        skip = self.options.clip_skip
-        out = self.parts.text_encoder(input_ids=ids, output_hidden_states=skip > 1)
-        z = out.last_hidden_state if skip == 1 else self._final_norm(out.hidden_states[-skip])
-        return z.float()
-
-    def _splice(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        """Forward hook of the token table: puts vectors over the places that embeddings take, `[B, T, C]`."""
-        if not any(self._spliced):
-            return out
-        rows = []
-        for row, placed in zip(out, self._spliced, strict=True):
-            for offset, vectors in placed:
-                # A webui cuts off what hangs over the chunk's end.
-                vectors = vectors[: len(row) - 1 - offset].to(row.dtype)
-                row = torch.cat([row[:offset], vectors, row[offset + len(vectors) :]])
-            rows.append(row)
-        return torch.stack(rows)
+    def _embedding(self, name: str) -> Vectors:
+        """A stored embedding under the model's own keys."""
+        return dict(zip(self.info.widths, self._stored[name].values(), strict=True))
 
     def _chunks(self, text: str) -> list[syntax.Chunk]:
         emphasis = self.options.emphasis.value != "None"
@@ -268,13 +276,50 @@ class StandaloneSession:
     # ---- pictures ----
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        hidden = conditioning.hidden
-        if len(hidden) == 1:
-            hidden = hidden.expand(len(x), -1, -1)
-        out = self.parts.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), return_dict=False)[0].float()
+        given = conditioning.expand(len(x))
+        out = self.parts.unet(
+            self._with_extra_channels(x).to(self.dtype),
+            timestep,
+            given.hidden.to(self.dtype),
+            **self.added(x, given.pooled),
+            return_dict=False,
+        )[0].float()
         if self.parts.prediction == "epsilon":
             return out
         return denoising.noise_of_velocity(out, x.float(), self._alphas_cumprod[timestep.long()].float())
+
+    def added(self, x: Tensor, pooled: Tensor | None) -> dict[str, Any]:
+        """SDXL's pooled vector and sizes: the picture's, no crop, and the picture's again, each (height, width)."""
+        if pooled is None:
+            return {}
+        height, width = (side * self.info.latent_scale for side in x.shape[-2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device).expand(len(x), -1)
+        pooled, unet = pooled.to(self.dtype), self.parts.unet
+        if unet.config.addition_embed_type == "text_time":
+            return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+        # diffusers reads single files of other widths than SDXL's own as a network with a projected class label.
+        each = (unet.config.projection_class_embeddings_input_dim - pooled.shape[1]) // sizes.shape[1]
+        angles = get_timestep_embedding(sizes.flatten(), each, flip_sin_to_cos=True, downscale_freq_shift=0)
+        return {"class_labels": torch.cat([pooled, angles.view(len(x), -1).to(self.dtype)], dim=1)}
+
+    @torch.no_grad()
+    def _with_extra_channels(self, x: Tensor) -> Tensor:
+        """Latents with what txt2img feeds into the other channels an inpainting or instruct checkpoint takes.
+
+        Inpainting: everything is masked, over a grey picture. Instruct: no picture, which it is trained with zeros for.
+        """
+        if not self._missing:
+            return x
+        shape = (self._missing, *x.shape[-2:])
+        if shape not in self._extra:
+            extra = x.new_zeros(1, *shape)
+            if self._missing > x.shape[1]:
+                vae, side = self.parts.vae, self.info.latent_scale
+                grey = torch.zeros(1, vae.config.in_channels, *(side * n for n in shape[1:]), device=x.device)
+                latent = vae.encode(grey.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+                extra = torch.cat([torch.ones_like(extra[:, :1]), latent.to(x)], dim=1)
+            self._extra[shape] = extra
+        return torch.cat([x, self._extra[shape].expand(len(x), -1, -1, -1)], dim=1)
 
     def sample(
         self,
@@ -308,22 +353,18 @@ class StandaloneSession:
         return (torch.cat(pictures).float().cpu() / 2 + 0.5).clamp(0, 1)
 
 
-def _stored_embeddings(folder: Path | None, width: int) -> dict[str, Tensor]:
-    """The embeddings that can be used by name: those of the folder (and below) that fit the model."""
-    found: dict[str, Tensor] = {}
+def _stored_embeddings(folder: Path | None) -> dict[str, Vectors]:
+    """The embeddings of a folder and below, by name."""
+    found: dict[str, Vectors] = {}
     if folder is None or not folder.is_dir():
         return found
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in (".pt", ".bin", ".safetensors") or not path.is_file():
             continue
         try:
-            vectors = embedding_file.load(path).vectors
+            found.setdefault(path.stem, embedding_file.load(path).vectors)
         except EstimateError as error:
             log.warning("Skipped an embedding: %s", error)
-            continue
-        rows = next(iter(vectors.values()))
-        if len(vectors) == 1 and rows.shape[1] == width:
-            found.setdefault(path.stem, rows)
     return found
 
 

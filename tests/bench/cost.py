@@ -207,9 +207,10 @@ def _bare(ground: Ground) -> float:
     unet, dtype = ground.session.parts.unet, ground.session.info.dtype
     at = torch.arange(ground.size.batch, device=ground.bank.x.device) % len(ground.bank)
     x, timestep = ground.bank.x[at].to(dtype), ground.bank.timestep[at]
-    hidden = ground.target.empty.hidden.detach().to(dtype).expand(len(x), -1, -1).clone().requires_grad_(True)
+    empty = ground.target.empty.expand(len(x))
+    hidden, added = empty.hidden.to(dtype).clone().requires_grad_(True), ground.session.added(x, empty.pooled)
     clock = Clock(ground.session.info.device)
-    unet(x, timestep, hidden, return_dict=False)[0].float().square().mean().backward()
+    unet(x, timestep, hidden, **added, return_dict=False)[0].float().square().mean().backward()
     return clock()
 
 

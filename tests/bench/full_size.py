@@ -45,12 +45,12 @@ def _components(device: torch.device, dtype: torch.dtype) -> checkpoint.Componen
             )
         )
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint.BUNDLED_VOCABULARY, local_files_only=True)
-    layout = checkpoint.SD1_LAYOUT
+    layout = checkpoint.LAYOUTS["sd1"]
     return checkpoint.Components(
         name="random-full-size",
         hash=None,
         tokenizer=tokenizer,
-        text_encoder=text_encoder.to(dtype),
+        text_encoders=(checkpoint._of_sd1(text_encoder.to(dtype), tokenizer),),
         unet=unet.to(dtype),
         vae=vae.to(dtype),
         alphas_cumprod=checkpoint._alphas_cumprod(

@@ -237,7 +237,8 @@ class Split:
                 conditioning.hidden.register_hook(lambda _: self.enter(TEXT_BACKWARD))
             return conditioning
 
-        watched = [(parts.text_encoder, TEXT_FORWARD), (parts.unet, f"{network} forward")]
+        watched = [(encoder.model, TEXT_FORWARD) for encoder in parts.text_encoders]
+        watched += [(parts.unet, f"{network} forward")]
         watched += [(module, f"{network} forward") for module in denoising.attention_modules(session.parts.unet)]
         handles = [handle for module, part in watched for handle in self._hooked(module, part)]
         try:

@@ -92,7 +92,7 @@ class OldWay:
     def step(self, position: int, conditioning: Conditioning, noises: tuple[Tensor, Tensor]) -> Tensor:
         """The latent `[1, c, h, w]` one sampling step on."""
         sigma, sigma_to = (self._sigma(self.timesteps[p]) for p in (position, position + self.seeds))
-        both = Conditioning(torch.cat([conditioning.hidden, self.negative.hidden]))
+        both = conditioning.followed_by(self.negative)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             # x_0 + sigma * noise is what samplers move, the U-Net takes it scaled to unit variance

@@ -79,6 +79,7 @@ def ldm_unet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' names -> LDM's, for two levels of one block each."""
     places = {"conv_in.": "input_blocks.0.0.", "conv_norm_out.": "out.0.", "conv_out.": "out.2."}
     places |= {"time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2."}
+    places |= {"add_embedding.linear_1.": "label_emb.0.0.", "add_embedding.linear_2.": "label_emb.0.2."}
     for level, block in enumerate((1, 3)):
         places[f"down_blocks.{level}.resnets.0."] = f"input_blocks.{block}.0."
         places[f"down_blocks.{level}.attentions.0."] = f"input_blocks.{block}.1."

@@ -135,10 +135,10 @@ class FrozenCLIPEmbedderWithCustomWords(nn.Module):
 
     def __init__(self, parts: checkpoint.Components, hijack: Any) -> None:
         super().__init__()
-        self.hijack, self.tokenizer, self._encoder = hijack, parts.tokenizer, parts.text_encoder
+        self.hijack, self.tokenizer, self._encoder = hijack, parts.tokenizer, parts.text_encoders[0].model
         self.id_start, self.id_end = parts.tokenizer.bos_token_id, parts.tokenizer.eos_token_id
-        self.chunk_length = parts.text_encoder.config.max_position_embeddings - 2
-        embeddings = getattr(parts.text_encoder, "text_model", parts.text_encoder).embeddings
+        self.chunk_length = parts.text_encoders[0].model.config.max_position_embeddings - 2
+        embeddings = getattr(parts.text_encoders[0].model, "text_model", parts.text_encoders[0].model).embeddings
         embeddings.token_embedding = EmbeddingsWithFixes(embeddings.token_embedding, hijack)
         self._vocabulary = syntax.Vocabulary(
             encode=lambda text: self.tokenize([text])[0], start=self.id_start, end=self.id_end, pad=self.id_end,
