@@ -72,6 +72,7 @@ class Fit:
         self.losses: list[float] = []
         self.steps_run = 0
         self.stopped = "all steps done"
+        self.lightened = False  # whether memory was short, so that it went on with less of it and slower
 
     def run(self) -> Iterator[StepReport]:
         request, stage, started = self.request, self.stage, time.perf_counter()
@@ -142,9 +143,7 @@ class Fit:
         """One step; returns the loss before it, a scalar."""
 
         def evaluate() -> Tensor:
-            optimizer.zero_grad()
-            loss = self.objective.loss(vectors, drawn)
-            (loss * self.loss_scale).backward()
+            loss = self._gradients(optimizer, vectors, drawn)
             if self.loss_scale != 1:
                 for rows in vectors.values():
                     rows.grad /= self.loss_scale
@@ -156,6 +155,22 @@ class Fit:
         if not closure:
             optimizer.step()
         return loss.detach()
+
+    def _gradients(self, optimizer: torch.optim.Optimizer, vectors: Vectors, drawn: Any) -> Tensor:
+        """The loss, and its gradient in the vectors. Where memory runs out, again with less of it at once."""
+        while True:
+            optimizer.zero_grad()
+            loss = torch.zeros((), device=next(iter(vectors.values())).device)
+            try:
+                for part in self.objective.losses(vectors, drawn):
+                    (part * self.loss_scale).backward()
+                    loss += part.detach()
+                return loss
+            except torch.cuda.OutOfMemoryError:
+                if not self.objective.lighten():
+                    raise
+            self.lightened = True
+            torch.cuda.empty_cache()
 
     def _not_finite(self, step: int) -> None:
         if not math.isfinite(self.best_error):

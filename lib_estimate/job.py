@@ -237,6 +237,8 @@ def _learn(
         yield from fit.run()
         run.best, run.stopped = fit.best, fit.stopped
         run.losses += fit.losses
+        if fit.lightened:
+            yield Note("Memory was short, so the U-Net took one latent at a time: slower, with the same result.")
         run.stages.append({**stage.record(), "steps_run": fit.steps_run, "stopped": fit.stopped})
         if cancel.wanted is not None:
             break
@@ -323,7 +325,7 @@ def _start(
     denoising, errors = validator(session, materials, Part.UNET), {}
     trial = replace(plan.DEFAULTS[Part.CROSS_ATTENTION], steps=TRIAL_STEPS)
     if materials[0].target.composed():
-        trial = replace(plan.DEFAULTS[Part.UNET], steps=TRIAL_STEPS)
+        trial = replace(plan.DEFAULTS[Part.UNET], steps=TRIAL_STEPS // 4)
     for number, count in enumerate(candidates):
         yield Phase("Trying numbers", number, len(candidates))
         start = initial_vectors(replace(request, vectors=count, start=Start.POOLED), session)

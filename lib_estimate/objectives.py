@@ -6,9 +6,10 @@ match, whatever the model, the distance measure and the objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +26,30 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # (prediction [B, ...], target [B
 TINY = 1e-12
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """Something to minimise over vectors."""
 
+    @abstractmethod
     def draw(self, generator: torch.Generator, fixed: bool) -> Any:
         """What the next step learns from; `fixed` gives the same spread-out choice every time."""
 
+    @abstractmethod
+    def losses(self, vectors: Vectors, drawn: Any) -> Iterator[Tensor]:
+        """Scalars float32 whose sum is the loss, each with a gradient to every tensor in `vectors`.
+
+        Whoever takes each one's gradient before asking for the next holds only one's activations in memory.
+        """
+
     def loss(self, vectors: Vectors, drawn: Any) -> Tensor:
-        """Scalar float32 loss with a gradient to every tensor in `vectors`."""
+        """The loss as one scalar."""
+        return torch.stack(list(self.losses(vectors, drawn))).sum()
+
+    def lighten(self) -> bool:
+        """Makes what follows need less memory and more time; False where there is no way left."""
+        return False
 
 
-class HiddenState:
+class HiddenState(Objective):
     """Match the text encoder's hidden states at all positions: d(z(E), z*) / d(z(empty), z*).
 
     The positions after the embedding count too: the U-Net attends to padding as well. Where the model takes a pooled
@@ -61,13 +75,13 @@ class HiddenState:
     def draw(self, generator: torch.Generator, fixed: bool) -> None:
         return None
 
-    def loss(self, vectors: Vectors, drawn: None) -> Tensor:
+    def losses(self, vectors: Vectors, drawn: None) -> Iterator[Tensor]:
         given = _tensors(self.target.embed(self.session, vectors))
         terms = [
             self.distance(z, wanted).mean() * scale
             for z, wanted, scale in zip(given, self.wanted, self.scales, strict=True)
         ]
-        return torch.stack(terms).mean()
+        yield torch.stack(terms).mean()
 
 
 def _tensors(conditioning: Conditioning) -> list[Tensor]:
@@ -75,19 +89,36 @@ def _tensors(conditioning: Conditioning) -> list[Tensor]:
     return [conditioning.hidden, *([] if conditioning.pooled is None else [conditioning.pooled])]
 
 
-class Denoising:
+class WithUNet(Objective):
+    """An objective whose gradient goes through the U-Net, which is what takes memory."""
+
+    LATENTS_AT_ONCE = 4
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.at_once = session, self.LATENTS_AT_ONCE
+
+    def lighten(self) -> bool:
+        """First one latent at a time, then activations are computed again in the backward pass."""
+        if self.at_once > 1:
+            self.at_once = 1
+            return True
+        return self.session.save_memory()
+
+
+class Denoising(WithUNet):
     """Match the U-Net's noise prediction: d(eps(x_t, t, E), eps(x_t, t, target)) / d(eps(x_t, t, empty), the same).
 
     Only the branch that holds the embedding is run: under CFG the other is the same for both, so the difference of the
     guided predictions is this one times a constant. `checks` is a bank that knows the empty prompt's eps.
     """
 
-    FIXED_ENTRIES = 24  # of an optimizer that needs the same loss at every call
+    FIXED_ENTRIES = 12  # of an optimizer that needs the same loss at every call
 
     def __init__(
         self, session: Session, target: Target, bank: Bank, checks: Bank, distance: Distance, batch: int
     ) -> None:
-        self.session, self.target, self.bank, self.distance = session, target, bank, distance
+        super().__init__(session)
+        self.target, self.bank, self.distance = target, bank, distance
         self.batch = min(batch, len(bank))
         self.scale = 1 / distance(checks.empty, checks.target).mean().clamp_min(TINY)
 
@@ -97,14 +128,15 @@ class Denoising:
         chosen = spread(len(self.bank), count, None if fixed else generator)
         return chosen.to(self.bank.x.device, non_blocking=True)
 
-    def loss(self, vectors: Vectors, drawn: Tensor) -> Tensor:
+    def losses(self, vectors: Vectors, drawn: Tensor) -> Iterator[Tensor]:
         bank = self.bank
-        conditioning = self.target.embed(self.session, vectors)
-        eps = self.session.predict_noise(bank.x[drawn], bank.timestep[drawn], conditioning)
-        return self.distance(eps, bank.target[drawn]).mean() * self.scale
+        for at in drawn.split(self.at_once):
+            conditioning = self.target.embed(self.session, vectors)
+            eps = self.session.predict_noise(bank.x[at], bank.timestep[at], conditioning)
+            yield self.distance(eps, bank.target[at]).sum() * (self.scale / len(drawn))
 
 
-class CrossAttention:
+class CrossAttention(Objective):
     """Match the outputs of the U-Net's cross-attention layers, for the queries met under the target:
 
         mean over layers l of d(A_l(q, z(E)), A_l(q, z*)) / d(A_l(q, z(empty)), A_l(q, z*))
@@ -146,7 +178,7 @@ class CrossAttention:
     def draw(self, generator: torch.Generator, fixed: bool) -> None:
         return None
 
-    def loss(self, vectors: Vectors, drawn: None) -> Tensor:
+    def losses(self, vectors: Vectors, drawn: None) -> Iterator[Tensor]:
         context = self.target.embed(self.session, vectors)
         out = [layer(hidden, context.hidden) for layer, hidden in zip(self.layers, self.hidden, strict=True)]
         out += [] if context.pooled is None else [context.pooled]
@@ -154,7 +186,7 @@ class CrossAttention:
             self.distance(*_alike(given, wanted)).mean() * scale
             for given, wanted, scale in zip(out, self.wanted, self.scales, strict=True)
         ]
-        return torch.stack(terms).mean()
+        yield torch.stack(terms).mean()
 
 
 def _alike(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +194,7 @@ def _alike(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return given.expand_as(wanted), wanted
 
 
-class InSentences:
+class InSentences(Objective):
     """Match cross-attention outputs with the embedding alone and inside of random sentences at once.
 
     Per layer l and sentence s, with the queries of the stand-alone target used for all sentences:
@@ -220,8 +252,8 @@ class InSentences:
         """What makes a distance 1 that is as large as without weights, `[S]`."""
         return 1 / (self.distance(plain, wanted) + floor * self.distance(empty, wanted)).clamp_min(TINY)
 
-    def loss(self, vectors: Vectors, drawn: list) -> Tensor:
-        return (self.shares(vectors, drawn) * drawn[1]).sum()
+    def losses(self, vectors: Vectors, drawn: list) -> Iterator[Tensor]:
+        yield (self.shares(vectors, drawn) * drawn[1]).sum()
 
     def shares(self, vectors: Vectors, drawn: list) -> Tensor:
         """Each sentence's own loss `[S]`, mean over the layers."""
@@ -233,7 +265,7 @@ class InSentences:
         return torch.stack(terms).mean(0)
 
 
-class DenoisingInSentences:
+class DenoisingInSentences(WithUNet):
     """Match the predicted noise with the embedding alone and inside of random sentences at once.
 
     Per sentence s, over a few latents x of the stand-alone target:
@@ -250,7 +282,8 @@ class DenoisingInSentences:
         self, session: Session, target: Target, bank: Bank, checks: Bank, distance: Distance, text: str,
         avoid: Sequence[str],
     ) -> None:  # fmt: skip
-        self.session, self.bank, self.distance, self.text, self.avoid = session, bank, distance, text, set(avoid)
+        super().__init__(session)
+        self.bank, self.distance, self.text, self.avoid = bank, distance, text, set(avoid)
         self.floor = self.FLOOR * distance(checks.empty, checks.target).mean().clamp_min(TINY)
 
     def draw(self, generator: torch.Generator, fixed: bool) -> list:
@@ -270,10 +303,15 @@ class DenoisingInSentences:
         off = self._by_sentence(self._noise(x, timestep, plain), eps)
         return [frames, x, timestep, eps, 1 / (off + self.floor)]
 
-    def loss(self, vectors: Vectors, drawn: list) -> Tensor:
-        frames, x, timestep, wanted, scales = drawn
-        eps = self._noise(x, timestep, self.session.encode(frames, vectors))
-        return (self._by_sentence(eps, wanted) * scales).mean()
+    def losses(self, vectors: Vectors, drawn: list) -> Iterator[Tensor]:
+        frames, *of_latents, scales = drawn
+        together = max(1, self.at_once // self.LATENTS)  # sentences
+        for first in range(0, len(frames), together):
+            chosen = slice(first, first + together)
+            latents = slice(first * self.LATENTS, (first + together) * self.LATENTS)
+            x, timestep, wanted = (rows[latents] for rows in of_latents)
+            eps = self._noise(x, timestep, self.session.encode(frames[chosen], vectors))
+            yield (self._by_sentence(eps, wanted) * scales[chosen]).sum() / len(frames)
 
     def _noise(self, x: Tensor, timestep: Tensor, sentences: Conditioning) -> Tensor:
         """eps of x `[S*L, c, h, w]`, L latents after each other under each of S conditionings."""
@@ -306,7 +344,7 @@ def spread(available: int, count: int, generator: torch.Generator | None) -> Ten
     return (edges[:-1] + inside * edges.diff()).long().clamp(max=available - 1)
 
 
-class Together:
+class Together(Objective):
     """The mean of several objectives: one per sentence the embedding is made for."""
 
     def __init__(self, objectives: Sequence[Objective]) -> None:
@@ -315,6 +353,11 @@ class Together:
     def draw(self, generator: torch.Generator, fixed: bool) -> list:
         return [objective.draw(generator, fixed) for objective in self.objectives]
 
-    def loss(self, vectors: Vectors, drawn: list) -> Tensor:
-        pairs = zip(self.objectives, drawn, strict=True)
-        return torch.stack([objective.loss(vectors, part) for objective, part in pairs]).mean()
+    def losses(self, vectors: Vectors, drawn: list) -> Iterator[Tensor]:
+        for objective, part in zip(self.objectives, drawn, strict=True):
+            for loss in objective.losses(vectors, part):
+                yield loss / len(self.objectives)
+
+    def lighten(self) -> bool:
+        lightened = [objective.lighten() for objective in self.objectives]  # all of them, not up to the first
+        return any(lightened)

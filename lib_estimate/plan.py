@@ -36,11 +36,14 @@ class Stage:
         return {key: value for key, value in asdict(self).items() if key != "share"} | {"part": self.part.value}
 
 
+LBFGS, LBFGS_EVALUATIONS = "LBFGS", 5  # of the loss in one of its steps
+
 DEFAULTS = {
     Part.TRANSFORMER: Stage(Part.TRANSFORMER, "Adam", "", "cosine", 300, share=0.08),
-    Part.UNET: Stage(Part.UNET, "Adam", "", "cosine", 600, share=0.4),
-    # L-BFGS sees the same few queries at every step: a smooth, deterministic problem, which is what it is best at.
-    Part.CROSS_ATTENTION: Stage(Part.CROSS_ATTENTION, "LBFGS", "1", "constant", 120),
+    # L-BFGS sees the same few latents, or queries, at every step: a smooth, deterministic problem, which is what it is
+    # best at.
+    Part.UNET: Stage(Part.UNET, LBFGS, "1", "constant", 48),
+    Part.CROSS_ATTENTION: Stage(Part.CROSS_ATTENTION, LBFGS, "1", "constant", 120),
 }
 # Fresh sentences at every step are noise to L-BFGS.
 IN_SENTENCES = Stage(Part.CROSS_ATTENTION, "Adam", "", "cosine", 300, share=0.05)
@@ -56,7 +59,7 @@ def stages(request: EstimateRequest, *, composed: bool, steady: bool) -> list[St
     """
     first, *rest = _planned(request, composed, steady)
     if request.optimizer != AUTO and request.optimizer != first.optimizer:
-        first = replace(first, optimizer=request.optimizer, learning_rate="", share=0.0)
+        first = _with_optimizer(first, request.optimizer)
     stages = [
         replace(
             first,
@@ -66,6 +69,13 @@ def stages(request: EstimateRequest, *, composed: bool, steady: bool) -> list[St
         *rest,
     ]
     return _limited(stages, request.steps) if request.steps else stages
+
+
+def _with_optimizer(stage: Stage, optimizer: str) -> Stage:
+    """The stage with another optimizer, at that one's own learning rate, with as many evaluations of the loss."""
+    per_step = {LBFGS: LBFGS_EVALUATIONS}
+    steps = stage.steps * per_step.get(stage.optimizer, 1) // per_step.get(optimizer, 1)
+    return replace(stage, optimizer=optimizer, learning_rate="", share=0.0, steps=max(1, steps))
 
 
 def _limited(stages: list[Stage], steps: int) -> list[Stage]:

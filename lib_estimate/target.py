@@ -237,9 +237,17 @@ def _other_is_empty(target: Target) -> bool:
 
 @torch.no_grad()
 def noise_under(session: Session, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    """eps `[M, c, h, w]` of latents x `[M, c, h, w]` under one conditioning."""
-    pieces = zip(x.split(CHUNK), timestep.split(CHUNK), strict=True)
-    return torch.cat([session.predict_noise(a, t, conditioning) for a, t in pieces])
+    """eps `[M, c, h, w]` of latents x `[M, c, h, w]` under one conditioning; fewer at once where memory is short."""
+    at_once = CHUNK
+    while True:
+        pieces = zip(x.split(at_once), timestep.split(at_once), strict=True)
+        try:
+            return torch.cat([session.predict_noise(a, t, conditioning) for a, t in pieces])
+        except torch.cuda.OutOfMemoryError:
+            if at_once == 1:
+                raise
+        at_once //= 2
+        torch.cuda.empty_cache()
 
 
 def guided_noise(

@@ -207,7 +207,8 @@ def test_an_embedding_of_another_family_is_said_before_the_run(xl, brief, tmp_pa
     try:
         for change in ({"prompt": "a (red:1.6) oldneg circle"}, {"negative": "oldneg"}, {"init": "oldneg circle"}):
             first = next(iter(job.estimate(replace(brief, **change), xl)))
-            assert "oldneg" in first.text and f"width {FIRST}" in first.text, change
+            assert "oldneg" in first.text, change
+            assert f"width {FIRST}" in first.text, change
     finally:
         xl.embeddings = None
 

@@ -8,6 +8,7 @@ import torch
 
 from lib_estimate.errors import EstimateError
 from lib_estimate.fit import Cancel, Fit, rates
+from lib_estimate.objectives import Objective
 from lib_estimate.plan import Stage
 from lib_estimate.registry import available_optimizers, default_learning_rate
 from lib_estimate.request import EstimateRequest, Part
@@ -17,7 +18,7 @@ BASE = EstimateRequest(prompt="x", name="x")
 STAGE = Stage(Part.UNET, "Adam", "0.01", "cosine", 60)
 
 
-class Bowl:
+class Bowl(Objective):
     """Distance to a known goal: the loop's own behaviour shows without a model."""
 
     def __init__(self, noise: float = 0.0, broken_from: int | None = None) -> None:
@@ -26,10 +27,10 @@ class Bowl:
     def draw(self, generator, fixed):
         return torch.randn(GOAL.shape, generator=generator)
 
-    def loss(self, vectors, entries):
+    def losses(self, vectors, entries):
         self.calls += 1
         loss = (vectors["clip_l"] - GOAL - self.noise * entries).square().mean() / GOAL.square().mean()
-        return loss * math.nan if self.broken_from is not None and self.calls > self.broken_from else loss
+        yield loss * math.nan if self.broken_from is not None and self.calls > self.broken_from else loss
 
 
 def error(vectors) -> float:

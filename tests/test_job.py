@@ -11,6 +11,7 @@ from lib_estimate import embedding_file, job
 from lib_estimate.errors import EstimateError, RequestError
 from lib_estimate.fidelity import recovered_share
 from lib_estimate.fit import Cancel, StepReport
+from lib_estimate.hosts.standalone import StandaloneSession
 from lib_estimate.request import EstimateRequest, Part, Start, Target, Use
 from tests.conftest import all_parameters
 
@@ -252,3 +253,38 @@ def test_the_vectors_of_another_model_are_refused(host, short) -> None:
 )
 def test_recovered_share(error, plain, share) -> None:
     assert recovered_share(error, plain) == share
+
+
+def test_where_memory_is_short_the_unet_takes_less_at_once(host, short, monkeypatch) -> None:
+    """Room for four latents, or for one with its gradient where activations aren't kept."""
+    predict, seen = StandaloneSession.predict_noise, []
+
+    def little_room(self, x, timestep, conditioning):
+        learning = torch.is_grad_enabled() and conditioning.hidden.requires_grad
+        if learning:
+            seen.append((len(x), self._recomputed is not None))
+            if len(x) > 1 or self._recomputed is None:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        elif len(x) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return predict(self, x, timestep, conditioning)
+
+    request = dataclasses.replace(short, steps=3)
+    roomy = run(request, host)
+    monkeypatch.setattr(StandaloneSession, "predict_noise", little_room)
+    *progress, tight = job.estimate(dataclasses.replace(request, overwrite=True), host)
+    assert seen[:2] == [(4, False), (1, False)]
+    assert set(seen[2:]) == {(1, True)}
+    assert any(isinstance(p, job.Note) and "Memory was short" in p.text for p in progress)
+    assert tight.record["losses"] == pytest.approx(roomy.record["losses"], rel=1e-3)
+    assert not any("forward" in vars(module) for module in host.parts.unet.modules())
+
+
+def test_no_room_at_all_is_an_error_and_the_model_is_given_back(host, short, monkeypatch) -> None:
+    def no_room(self, x, timestep, conditioning):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StandaloneSession, "predict_noise", no_room)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run(short, host)
+    assert not any("forward" in vars(module) for module in host.parts.unet.modules())

@@ -202,6 +202,10 @@ class Session(Protocol):
         part is predicted, or the negative prompt with `watch_negative`.
         """
 
+    def save_memory(self) -> bool:
+        """From now on the U-Net's activations are computed again for the gradient instead of kept; until the session
+        ends. False where that is so already."""
+
     def cross_attention(self) -> list[CrossAttentionLayer]:
         """The U-Net's cross-attention layers, in a fixed order: its own modules, with all that changes them."""
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lib_estimate.hosts.base import Conditioning, StepConditioning, Trajectory, Watch, compose
 
@@ -37,6 +40,34 @@ def watching(unet: nn.Module, watch: Watch | None, step: int) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Recomputed:
+    """Gradient checkpointing (Chen et al. 2016): the U-Net's blocks keep only what enters them, and run again for the
+    gradient. About a third slower, for a fraction of the memory. `restore` puts the blocks' own methods back.
+    """
+
+    # What tells a block, of ldm's U-Net and of diffusers': transformer blocks, and residual blocks with their timestep.
+    MARKS = ("attn2", "emb_layers", "time_emb_proj")
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.blocks = [module for module in unet.modules() if any(hasattr(module, mark) for mark in self.MARKS)]
+        self.before = [vars(block).get("forward") for block in self.blocks]
+        for block in self.blocks:
+            block.forward = partial(self._run, block.forward)
+
+    @staticmethod
+    def _run(forward: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*given, **named)
+        return checkpoint(forward, *given, use_reentrant=False, **named)
+
+    def restore(self) -> None:
+        for block, before in zip(self.blocks, self.before, strict=True):
+            if before is None:
+                del block.forward
+            else:
+                block.forward = before
 
 
 def noise_of_velocity(v: Tensor, x: Tensor, abar: Tensor) -> Tensor:

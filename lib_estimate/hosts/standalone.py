@@ -114,11 +114,20 @@ class StandaloneSession:
         self._batches: dict[tuple, list[ChunkBatch]] = {}
         self._missing = parts.unet.config.in_channels - self.info.latent_channels
         self._extra: dict[tuple[int, ...], Tensor] = {}
+        self._recomputed: denoising.Recomputed | None = None
         self._handles = [encoder.watch() for encoder in parts.text_encoders]
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._recomputed is not None:
+            self._recomputed.restore()
+
+    def save_memory(self) -> bool:
+        if self._recomputed is not None:
+            return False
+        self._recomputed = denoising.Recomputed(self.parts.unet)
+        return True
 
     # ---- text ----
 

@@ -134,6 +134,7 @@ class WebuiSession:
         self._placed = SimpleNamespace(name=PLACEHOLDER, vectors=0, vec=None, shorthash=None)
         self._batches: dict[tuple, list[list[Any]]] = {}
         self._image_conditionings: dict[tuple[int, ...], Tensor] = {}
+        self._recomputed: denoising.Recomputed | None = None
 
     def _info(self) -> ModelInfo:
         model, checkpoint = self.model, self.model.sd_checkpoint_info
@@ -153,6 +154,14 @@ class WebuiSession:
     def close(self) -> None:
         sd_hijack.model_hijack.fixes = None
         self._batches.clear()
+        if self._recomputed is not None:
+            self._recomputed.restore()
+
+    def save_memory(self) -> bool:
+        if self._recomputed is not None:
+            return False
+        self._recomputed = denoising.Recomputed(self.unet)
+        return True
 
     # ---- text ----
 

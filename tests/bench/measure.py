@@ -264,7 +264,7 @@ class Split:
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-class Timed:
+class Timed(Objective):
     """An objective that tells a split when its forward and its backward begin and end."""
 
     def __init__(self, objective: Objective, split: Split, network: str) -> None:
@@ -274,13 +274,17 @@ class Timed:
     def draw(self, generator: torch.Generator, fixed: bool) -> Any:
         return self.objective.draw(generator, fixed)
 
-    def loss(self, vectors: Vectors, drawn: Any) -> Tensor:
+    def losses(self, vectors: Vectors, drawn: Any) -> Iterator[Tensor]:
         for rows in vectors.values():
             if id(rows) not in self.known:
                 self.known.add(id(rows))
                 rows.register_post_accumulate_grad_hook(lambda _: self.split.enter(OPTIMIZER))
         self.split.evaluations += 1
-        with self.split.during(REST):
-            loss = self.objective.loss(vectors, drawn)
-        loss.register_hook(lambda _: self.split.enter(f"{self.network} backward"))
-        return loss
+        losses = iter(self.objective.losses(vectors, drawn))
+        while True:
+            with self.split.during(REST):
+                loss = next(losses, None)
+            if loss is None:
+                return
+            loss.register_hook(lambda _: self.split.enter(f"{self.network} backward"))
+            yield loss

@@ -377,7 +377,7 @@ def check_the_host_is_as_before_after_errors() -> dict[str, Any]:
                 def fail(*_: Any, error: type[Exception] = error) -> None:
                     raise error("on purpose")
 
-                with changed(owner, "loss", fail):
+                with changed(owner, "losses", fail):
                     assert raised(error, lambda made=made: outcome(made)) == "on purpose"
         assert not job.check_destination(made).exists()
     return {}
