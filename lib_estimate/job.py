@@ -33,7 +33,7 @@ from lib_estimate.objectives import (
 from lib_estimate.plan import Recording, Stage
 from lib_estimate.queries import Queries, Recorder
 from lib_estimate.registry import LOSSES
-from lib_estimate.request import AUTO_VECTORS, HOLE, EstimateRequest, Part, Start, Use
+from lib_estimate.request import AUTO_VECTORS, HOLE, EstimateRequest, Format, Part, Start, Use
 from lib_estimate.sentences import distinct
 from lib_estimate.target import TRAIN, VALIDATION, Bank, Target, build_bank, build_target, joined, latent_noise
 
@@ -91,6 +91,7 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
     cancel, started = cancel or Cancel(), time.perf_counter()
     path = check_destination(request)
     with host.session() as session:
+        path = _for_model(path, request, session.info)
         yield from _notes(request, session)
         alone = build_target(request, session)
         materials = yield from _materials(request, session, alone, cancel)
@@ -126,13 +127,14 @@ def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iter
 
 
 def check_destination(request: EstimateRequest) -> Path:
-    """Where the file will be. Refuses bad requests and a name that is taken before anything starts.
+    """Where the file will be, before the model is known. Refuses bad requests and a name that is taken.
 
     A name is taken by a file of any format, in the folder or below it. Overwriting replaces that very file.
     """
     request.validate()
     folder, name = Path(request.out), embedding_file.check_name(request.name)
-    path = embedding_file.embedding_path(folder / request.subfolder, name, request.format.value)
+    suffix = Format.PT.value if request.format is Format.AUTO else request.format.value
+    path = embedding_file.embedding_path(folder / request.subfolder, name, suffix)
     existing = path if path.exists() else embedding_file.find_existing(folder, name)
     if existing is None:
         return path
@@ -141,6 +143,18 @@ def check_destination(request: EstimateRequest) -> Path:
     if existing.suffix.lower().lstrip(".") not in embedding_file.FORMATS:
         raise EstimateError(f"{existing} has this name, and can't be overwritten: it is no .pt or .safetensors file.")
     return existing
+
+
+def _for_model(path: Path, request: EstimateRequest, info: ModelInfo) -> Path:
+    """The file's place once the model is known: SDXL's two kinds of vectors go into safetensors only."""
+    pt = path.suffix.lower() == f".{Format.PT.value}"
+    if len(info.widths) == 1 or not pt:
+        return path
+    if path.exists():
+        raise EstimateError(f"{path} can't be overwritten by an SDXL embedding, which is never .pt: take another name.")
+    if request.format is Format.PT:
+        raise EstimateError("An SDXL embedding can't be saved as .pt. Choose safetensors, or auto, as the file format.")
+    return path.with_suffix(f".{Format.SAFETENSORS.value}")
 
 
 def _notes(request: EstimateRequest, session: Session) -> Iterator[Note]:

@@ -41,6 +41,7 @@ class Start(str, Enum):
 
 
 class Format(str, Enum):
+    AUTO = "auto"
     PT = "pt"
     SAFETENSORS = "safetensors"
 
@@ -153,7 +154,7 @@ class EstimateRequest:
     images: int = _field(4, "pictures made of the prompt and the embedding each, to compare; 0: none", low=0, high=64)
     out: str = _field("embeddings", "folder of the embeddings")
     subfolder: str = _field("", "folder inside it for new files. Blank: none")
-    format: Format = _field(Format.PT, "file format")
+    format: Format = _field(Format.AUTO, "file format. auto: pt, which every webui reads, and for SDXL safetensors")
     overwrite: bool = _field(False, "replace an embedding file of that name")
 
     def validate(self) -> EstimateRequest:

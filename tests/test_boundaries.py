@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lib_estimate"
 ORDER = (
     "errors", "choices", "request", "prompt_syntax", "embedding_file",
-    "hosts.base", "hosts.denoising", "hosts.text_encoder", "hosts.checkpoint", "hosts.standalone",
+    "hosts.base", "hosts.denoising", "hosts.layouts", "hosts.text_encoder", "hosts.checkpoint", "hosts.standalone",
     "hosts.webui", "hosts.webui_shell", "hosts",
     "sentences", "registry", "target", "queries", "initial", "objectives", "plan", "fit", "fidelity", "job",
     "plots", "view", "ui", "standalone_tab", "cli", "__main__",

@@ -52,7 +52,7 @@ def xl(tmp_path_factory) -> StandaloneHost:
 def brief(tmp_path) -> EstimateRequest:
     return EstimateRequest(
         prompt="a (red:1.6) circle", name="brieftest", out=str(tmp_path), steps=12, sampling_steps=4, images=0,
-        sentence=("a photo of {}",), format=Format.SAFETENSORS,
+        sentence=("a photo of {}",),
     )  # fmt: skip
 
 
@@ -261,3 +261,15 @@ def test_an_inpainting_file_is_known_by_its_weights(tmp_path) -> None:
     """Its .yaml is often missing or the base model's."""
     path = small_model("sd2", in_channels=9).single_file(tmp_path / "one.safetensors")
     assert loaded(path).parts.unet.config.in_channels == 9
+
+
+def test_sdxls_files_are_safetensors(brief, xl, tmp_path) -> None:
+    """Without being told to; as .pt it is refused before anything is learnt."""
+    with pytest.raises(EstimateError, match="safetensors"):
+        next(job.estimate(replace(brief, format=Format.PT), xl))
+    *_, made = job.estimate(replace(brief, steps=1), xl)
+    assert made.path.name == "brieftest.safetensors"
+    (tmp_path / "older.pt").write_bytes(b"mine")
+    with pytest.raises(EstimateError, match="another name"):
+        next(job.estimate(replace(brief, name="older", overwrite=True), xl))
+    assert (tmp_path / "older.pt").read_bytes() == b"mine"

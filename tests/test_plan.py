@@ -17,14 +17,14 @@ def parts(request: EstimateRequest, composed: bool = False, steady: bool = True)
 
 def test_auto_learns_over_sentences_unless_told_where_the_word_stands() -> None:
     assert parts(BASE) == ["cross-attention Adam", "unet Adam"]
-    whole = ["cross-attention LBFGS", "unet Adam"]
+    whole = ["cross-attention LBFGS", "unet LBFGS"]
     assert parts(replace(BASE, use=Use.WHOLE)) == whole
     assert parts(replace(BASE, use=Use.SENTENCE, sentence=("a {}",))) == whole
 
 
 def test_auto_takes_what_can_follow_the_prompt() -> None:
     assert parts(BASE, composed=True, steady=False) == ["unet LBFGS"]
-    assert parts(BASE, steady=False) == ["cross-attention LBFGS", "unet Adam"]
+    assert parts(BASE, steady=False) == ["cross-attention LBFGS", "unet LBFGS"]
 
 
 @pytest.mark.parametrize("part", [Part.CROSS_ATTENTION, Part.UNET, Part.TRANSFORMER])

@@ -6,7 +6,7 @@ the weights, and puts back whatever it changed when it ends, on success, error, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from random import Random
@@ -134,6 +134,15 @@ def compose(parts: list[tuple[float, Tensor]], negative: Tensor) -> Tensor:
     if len(parts) == 1 and parts[0][0] == 1.0:
         return parts[0][1]
     return negative + sum(weight * (eps - negative) for weight, eps in parts)
+
+
+def foreign_embedding(name: str, widths: Iterable[int], needed: Iterable[int]) -> str:
+    """The note on an embedding in a prompt whose vectors don't fit the model."""
+    made_for, wanted = (" and ".join(map(str, numbers)) for numbers in (widths, needed))
+    return (
+        f"The embedding {name} was made for another kind of model (width {made_for}; this one has {wanted}), so its "
+        "name is read as plain words here."
+    )
 
 
 class Session(Protocol):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lib_estimate.errors import ModelError
+from lib_estimate.hosts.layouts import LAYOUTS
 from lib_estimate.hosts.text_encoder import TextEncoder
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ BUNDLED_VOCABULARY = Path(__file__).parents[2] / "tests" / "shapes_sd" / "tokeni
 LDM_TEXT = "cond_stage_model.transformer."
 LDM_UNET = "model.diffusion_model."
 LDM_VAE = "first_stage_model."
-LAYOUTS: dict[str, Any] = json.loads(Path(__file__).with_name("layouts.json").read_text(encoding="utf-8"))
 XL_FIRST, XL_SECOND = "conditioner.embedders.0.", "conditioner.embedders.1."
 LDM_OPEN_CLIP = "cond_stage_model.model."
 # transformers' name -> open_clip's, of one layer's pieces

@@ -30,6 +30,7 @@ from lib_estimate.hosts.base import (
     Token,
     Trajectory,
     Watch,
+    foreign_embedding,
 )
 from lib_estimate.hosts.text_encoder import TextEncoder
 from lib_estimate.request import ModelOptions
@@ -143,12 +144,8 @@ class StandaloneSession:
         ids = self.token_ids(prompt)
         found = [self._foreign.find(ids, position) for position in range(len(ids))]
         for name in dict.fromkeys(name for name, _, _ in filter(None, found)):
-            widths = " and ".join(str(rows.shape[1]) for rows in self._stored[name].values())
-            needed = " and ".join(map(str, self.info.widths.values()))
-            notes.append(
-                f"The embedding {name} was made for another kind of model (width {widths}; this one has {needed}), so "
-                "its name is read as plain words here."
-            )
+            widths = [rows.shape[1] for rows in self._stored[name].values()]
+            notes.append(foreign_embedding(name, widths, self.info.widths.values()))
         return notes
 
     def tokens(self, text: str) -> list[list[Token]]:

@@ -1,10 +1,11 @@
 """The host inside AUTOMATIC1111's webui: its loaded checkpoint, its parser, its text encoder, its U-Net.
 
 Leans on, as read in 1.10.1 (82a973c0): `prompt_parser.get_multicond_prompt_list` and
-`get_learned_conditioning_prompt_schedules`; `cond_stage_model.process_texts`, `process_tokens`, `empty_chunk` and
-`tokenize`; `EmbeddingsWithFixes` (the token table, known by its `textual_inversion_key`) and `hijack.fixes`;
-`embedding_db.register_embedding_by_name` and `word_embeddings`; `sd_model.apply_model`, `alphas_cumprod`,
-`parameterization`; `processing.txt2img_image_conditioning` and `decode_latent_batch`; `devices.autocast`.
+`get_learned_conditioning_prompt_schedules`; of each text encoder (`cond_stage_model`, or for SDXL its `embedders`)
+`tokenize_line`, `process_tokens`, `empty_chunk` and `tokenize`; `EmbeddingsWithFixes` (the token table, known by its
+`textual_inversion_key`) and `hijack.fixes`; `embedding_db.register_embedding_by_name`, `word_embeddings` and
+`skipped_embeddings`; `sd_model.apply_model`, `alphas_cumprod`, `parameterization`;
+`processing.txt2img_image_conditioning` and `decode_latent_batch`; `devices.autocast`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from modules import call_queue, devices, extra_networks, processing, prompt_parser, sd_hijack, sd_unet, shared
@@ -31,7 +32,9 @@ from lib_estimate.hosts.base import (
     Token,
     Trajectory,
     Watch,
+    foreign_embedding,
 )
+from lib_estimate.hosts.layouts import LAYOUTS
 
 PLACEHOLDER = "embeddingestimateplaceholder"
 MOST_BATCHES = 64
@@ -72,8 +75,10 @@ def usable_model() -> Any:
     model = shared.sd_model
     if model is None or not hasattr(model, "cond_stage_model"):
         raise ModelError("No checkpoint is loaded. Choose one at the top of the page and wait until it is loaded.")
-    if getattr(model, "is_sdxl", False) or getattr(model, "is_sd3", False):
-        raise ModelError("This checkpoint is of the SDXL or SD3 family. Only SD 1 and SD 2 checkpoints work so far.")
+    if getattr(model, "is_sd3", False):
+        raise ModelError("This checkpoint is of the SD3 family. Choose a checkpoint of SD 1, SD 2 or SDXL.")
+    if getattr(model, "is_sdxl", False) and not hasattr(model.cond_stage_model, "embedders"):
+        raise ModelError("This is SDXL's refiner, which only finishes pictures. Choose an SDXL base checkpoint.")
     if getattr(model, "lowvram", False):
         raise ModelError(
             "The webui runs with --medvram or --lowvram, which moves the networks off the GPU while they are still "
@@ -113,26 +118,38 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class Engine(NamedTuple):
+    """One of the webui's text encoders, and its token table `[V, C]`."""
+
+    encoder: Any
+    table: Tensor
+
+
+def _engines(model: Any) -> dict[str, Engine]:
+    """By the key each has in embedding files. SDXL has two, and beside them what encodes sizes."""
+    stage, found = model.cond_stage_model, {}
+    for encoder in getattr(stage, "embedders", [stage]):
+        for module in encoder.modules():
+            if hasattr(module, "textual_inversion_key") and hasattr(module, "wrapped"):
+                found[module.textual_inversion_key] = Engine(encoder, module.wrapped.weight)
+    if not found:
+        raise ModelError("This checkpoint's text encoder is of a kind that is not supported.")
+    return found
+
+
 class WebuiSession:
     """See `base.Session`."""
 
     placeholder = PLACEHOLDER
 
     def __init__(self, model: Any) -> None:
-        self.model, self.engine = model, model.cond_stage_model
+        self.model, self.engines = model, _engines(model)
+        self.encoder = next(iter(self.engines.values())).encoder  # whose reading of a text is shown
         self.unet: nn.Module = model.model.diffusion_model
-        self._tables = {
-            module.textual_inversion_key: module.wrapped.weight
-            for module in self.engine.modules()
-            if hasattr(module, "textual_inversion_key") and hasattr(module, "wrapped")
-        }
-        if len(self._tables) != 1:
-            raise ModelError("This checkpoint's text encoder is of a kind that is not supported.")
-        self.key, self.table = next(iter(self._tables.items()))
         self.info = self._info()
         self._embeddings = sd_hijack.model_hijack.embedding_db
         self._placed = SimpleNamespace(name=PLACEHOLDER, vectors=0, vec=None, shorthash=None)
-        self._batches: dict[tuple, list[list[Any]]] = {}
+        self._batches: dict[tuple, list[dict[str, list[Any]]]] = {}
         self._image_conditionings: dict[tuple[int, ...], Tensor] = {}
         self._recomputed: denoising.Recomputed | None = None
 
@@ -142,11 +159,11 @@ class WebuiSession:
         return ModelInfo(
             name=checkpoint.model_name,
             hash=checkpoint.shorthash,
-            widths={self.key: self.table.shape[1]},
-            chunk_length=self.engine.chunk_length,
-            latent_channels=model.channels,
+            widths={key: engine.table.shape[1] for key, engine in self.engines.items()},
+            chunk_length=self.encoder.chunk_length,
+            latent_channels=self.unet.out_channels,
             latent_scale=scale,
-            default_size=int(model.image_size) * scale,
+            default_size=int(getattr(model, "image_size", LAYOUTS["sdxl"]["image_size"])) * scale,
             device=devices.device,
             dtype=devices.dtype_unet,
         )
@@ -183,36 +200,49 @@ class WebuiSession:
     def notes(self, prompt: str) -> list[str]:
         _, found = extra_networks.parse_prompt(prompt)
         tags = [f"<{name}:{':'.join(p.items)}>" for name, entries in found.items() for p in entries]
-        return [f"{tag} is left out: an embedding can't carry it. Write it beside the word." for tag in tags]
+        notes = [f"{tag} is left out: an embedding can't carry it. Write it beside the word." for tag in tags]
+        skipped = self._embeddings.skipped_embeddings
+        return notes + [
+            foreign_embedding(name, _widths(skipped[name].vec), self.info.widths.values())
+            for name in skipped
+            if self._stands_in(name, prompt)
+        ]
+
+    def _stands_in(self, name: str, prompt: str) -> bool:
+        wanted, ids = self.token_ids(name), self.token_ids(prompt)
+        return any(ids[at : at + len(wanted)] == wanted for at in range(len(ids)))
 
     def tokens(self, text: str) -> list[list[Token]]:
-        return [self._chunk_tokens(chunk) for chunk in self._chunks(text)]
+        return [self._chunk_tokens(chunk) for chunk in self._chunks(self.encoder, text)]
 
     def token_ids(self, text: str) -> list[int]:
-        return list(self.engine.tokenize([text])[0])
+        return list(self.encoder.tokenize([text])[0])
 
     def random_text(self, rng: Random, count: int) -> str:
         words: list[str] = []
         while len(words) < count:
-            word = self._decode(rng.randrange(FIRST_WORD_ID, self.engine.id_start))
+            word = self._decode(rng.randrange(FIRST_WORD_ID, self.encoder.id_start))
             if word.isascii() and word.isalnum():
                 words.append(word)
         return " ".join(words)
 
     def token_vectors(self, text: str) -> Vectors:
-        rows = [
-            vectors if token is None else self.table[token][None].float()
-            for chunk in self._chunks(text)
-            for token, vectors, _ in self._pieces(chunk)
-        ]
-        empty = torch.zeros(0, self.table.shape[1], device=devices.device)
-        return {self.key: torch.cat(rows).detach().clone() if rows else empty}
+        return {key: self._token_vectors(text, key) for key in self.engines}
+
+    def _token_vectors(self, text: str, key: str) -> Tensor:
+        encoder, table = self.engines[key]
+        rows = [torch.zeros(0, table.shape[1], device=devices.device)]
+        for chunk in self._chunks(encoder, text):
+            for token, embedding, _ in self._pieces(chunk):
+                row = table[token][None] if embedding is None else _of(embedding, key)
+                rows.append(row.to(devices.device).float())
+        return torch.cat(rows).detach().clone()
 
     def end_vectors(self) -> Vectors:
-        return {self.key: self.table[self.engine.id_end][None].detach().float()}
+        return {key: table[encoder.id_end][None].detach().float() for key, (encoder, table) in self.engines.items()}
 
     def table_norm(self) -> dict[str, float]:
-        return {self.key: self.table.detach().float().norm(dim=1).median().item()}
+        return {key: table.detach().float().norm(dim=1).median().item() for key, (_, table) in self.engines.items()}
 
     def encode(
         self,
@@ -221,37 +251,49 @@ class WebuiSession:
         *,
         weighted: bool = True,
         together: bool = False,
+        negative: bool = False,
     ) -> Conditioning:
-        self._placed.vec = None if vectors is None else vectors[self.key]
+        self._placed.vec = None if vectors is None else dict(vectors)
         try:
-            columns = self._prepared(tuple(texts), 0 if vectors is None else len(self._placed.vec))
-            hidden = [self._encode_column(column, weighted, together) for column in columns]
+            columns = self._prepared(tuple(texts), 0 if vectors is None else len(next(iter(vectors.values()))))
+            encoded = [self._encode_column(column, weighted, together) for column in columns]
         finally:
             self._placed.vec = None
-        return Conditioning(torch.cat(hidden, dim=1))
+        hidden, pooled = torch.cat([hidden for hidden, _ in encoded], dim=1), encoded[0][1]
+        if pooled is not None and negative and not any(texts):
+            return Conditioning(torch.zeros_like(hidden), torch.zeros_like(pooled))
+        return Conditioning(hidden, pooled)
 
-    def _prepared(self, texts: tuple[str, ...], count: int) -> list[list[Any]]:
-        """The texts as the webui's chunks, the first of each, the second of each and so on; kept for the next step."""
+    def _prepared(self, texts: tuple[str, ...], count: int) -> list[dict[str, list[Any]]]:
+        """The texts as each encoder's chunks, the first of each, the second of each and so on; kept for the next
+        step."""
         key = (texts, count)
         if key not in self._batches:
             if len(self._batches) > MOST_BATCHES:
                 self._batches.clear()
-            per_text = [self._chunks(text, count) for text in texts]
-            if count and not all(any(chunk.fixes for chunk in chunks) for chunks in per_text):
+            per_encoder = {
+                name: [self._chunks(encoder, text, count) for text in texts]
+                for name, (encoder, _) in self.engines.items()
+            }
+            read = [chunks for per_text in per_encoder.values() for chunks in per_text]
+            if count and not all(any(chunk.fixes for chunk in chunks) for chunks in read):
                 raise ModelError(f"Internal error: the learnt vectors did not stand in {texts!r}.")
-            most = max(map(len, per_text))
             self._batches[key] = [
-                [c[k] if k < len(c) else self.engine.empty_chunk() for c in per_text] for k in range(most)
+                {
+                    name: [c[k] if k < len(c) else self.engines[name].encoder.empty_chunk() for c in per_text]
+                    for name, per_text in per_encoder.items()
+                }
+                for k in range(max(map(len, read)))
             ]
         return self._batches[key]
 
-    def _chunks(self, text: str, count: int = 0) -> list[Any]:
+    def _chunks(self, encoder: Any, text: str, count: int = 0) -> list[Any]:
         """The webui's own chunks of a text, with `count` learnt vectors where the placeholder stands."""
         self._placed.vectors = count
         if count:
             self._embeddings.register_embedding_by_name(self._placed, self.model, PLACEHOLDER)
         try:
-            chunks, _ = self.engine.tokenize_line(text)
+            chunks, _ = encoder.tokenize_line(text)
         except ValueError as error:  # such as (a:1.5.2)
             raise PromptSyntaxError(f"The webui can't read the prompt {text!r}: {error}.") from error
         finally:
@@ -259,48 +301,55 @@ class WebuiSession:
                 self._embeddings.register_embedding_by_name(None, self.model, PLACEHOLDER)
         return chunks
 
-    def _encode_column(self, chunks: list[Any], weighted: bool, together: bool) -> Tensor:
-        """One chunk of each text -> hidden states `[B, T, C]` with the webui's emphasis, float32.
+    def _encode_column(
+        self, column: Mapping[str, list[Any]], weighted: bool, together: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One chunk of each text -> hidden states `[B, T, C]` with the webui's emphasis, and `[B, P]` pooled."""
+        encoded = [
+            self._encode_chunks(self.engines[key].encoder, chunks, weighted, together) for key, chunks in column.items()
+        ]
+        pooled = next((pooled for _, pooled in encoded if pooled is not None), None)
+        return torch.cat([hidden for hidden, _ in encoded], dim=2), pooled
 
-        The webui normalises all texts of one call as one, so texts of their own are encoded one by one where a weight
-        makes that matter.
-        """
+    def _encode_chunks(
+        self, encoder: Any, chunks: list[Any], weighted: bool, together: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The webui normalises all texts of one call as one, so texts of their own are encoded one by one where a
+        weight makes that matter."""
         plain = all(weight == 1.0 for chunk in chunks for weight in chunk.multipliers)
         if together or plain or not weighted:
-            return self._process(chunks, weighted)
-        return torch.cat([self._process([chunk], weighted) for chunk in chunks])
+            return self._process(encoder, chunks, weighted)
+        hidden, pooled = zip(*(self._process(encoder, [chunk], weighted) for chunk in chunks), strict=True)
+        return torch.cat(hidden), None if pooled[0] is None else torch.cat(pooled)
 
-    def _process(self, chunks: list[Any], weighted: bool) -> Tensor:
+    def _process(self, encoder: Any, chunks: list[Any], weighted: bool) -> tuple[Tensor, Tensor | None]:
         weights = [c.multipliers if weighted else [1.0] * len(c.multipliers) for c in chunks]
-        self.engine.hijack.fixes = [chunk.fixes for chunk in chunks]
+        encoder.hijack.fixes = [chunk.fixes for chunk in chunks]
         with devices.autocast():
-            return self.engine.process_tokens([chunk.tokens for chunk in chunks], weights).float()
+            z = encoder.process_tokens([chunk.tokens for chunk in chunks], weights)
+        pooled = getattr(z, "pooled", None) if encoder.return_pooled else None
+        return z.float(), None if pooled is None else pooled.float()
 
-    def _pieces(self, chunk: Any) -> Iterator[tuple[int | None, Tensor | None, float]]:
-        """(token id, None, weight) of each word of a chunk and (None, vectors, weight) of each embedding in it."""
+    def _pieces(self, chunk: Any) -> Iterator[tuple[int | None, Any, float]]:
+        """(token id, None, weight) of each word of a chunk and (None, embedding, weight) of each embedding in it."""
         fixes = {fix.offset + 1: fix.embedding for fix in chunk.fixes}
         covered = max((fix.offset + 1 + int(fix.embedding.vectors) for fix in chunk.fixes), default=1)
-        end = next(i for i in range(covered, len(chunk.tokens)) if chunk.tokens[i] == self.engine.id_end)
+        end = next(i for i in range(covered, len(chunk.tokens)) if chunk.tokens[i] == self.encoder.id_end)
         position = 1
         while position < end:
             embedding, weight = fixes.get(position), chunk.multipliers[position]
-            if embedding is None:
-                yield chunk.tokens[position], None, weight
-                position += 1
-            else:
-                vectors = embedding.vec[self.key] if isinstance(embedding.vec, dict) else embedding.vec
-                yield None, vectors.to(devices.device).float(), weight
-                position += int(embedding.vectors)
+            yield (chunk.tokens[position] if embedding is None else None), embedding, weight
+            position += 1 if embedding is None else int(embedding.vectors)
 
     def _chunk_tokens(self, chunk: Any) -> list[Token]:
-        names = iter(fix.embedding.name for fix in sorted(chunk.fixes, key=lambda fix: fix.offset))
         return [
-            Token(next(names), weight, len(vectors)) if token is None else Token(self._decode(token), weight, 0)
-            for token, vectors, weight in self._pieces(chunk)
-        ]
+            Token(self._decode(token), weight, 0) if embedding is None
+            else Token(embedding.name, weight, int(embedding.vectors))
+            for token, embedding, weight in self._pieces(chunk)
+        ]  # fmt: skip
 
     def _decode(self, token: int) -> str:
-        tokenizer = getattr(self.engine, "tokenizer", None)
+        tokenizer = getattr(self.encoder, "tokenizer", None)
         if tokenizer is None:
             from modules.sd_hijack_open_clip import tokenizer
         return tokenizer.decode([token]).strip().removesuffix("</w>")
@@ -308,19 +357,45 @@ class WebuiSession:
     # ---- pictures ----
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        hidden = conditioning.hidden.expand(len(x), -1, -1).to(devices.dtype_unet)
-        given = {"c_crossattn": [hidden], "c_concat": [self._image_conditioning(x)]}
+        given = self._given(x, conditioning.expand(len(x)))
         with devices.autocast():
             out = self.model.apply_model(x.to(devices.dtype_unet), timestep, given).float()
         if self.model.parameterization != "v":
             return out
         return denoising.noise_of_velocity(out, x.float(), self._alphas_cumprod()[timestep.long()])
 
+    def _given(self, x: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """What the webui's U-Net takes beside latents x: under the names of ldm, and for SDXL of sgm."""
+        hidden, concat = conditioning.hidden.to(devices.dtype_unet), [self._image_conditioning(x)]
+        if conditioning.pooled is None:
+            return {"c_crossattn": [hidden], "c_concat": concat}
+        vector = torch.cat([conditioning.pooled, self._sizes(x)], dim=1).to(devices.dtype_unet)
+        return {"crossattn": hidden, "vector": vector, "c_concat": concat}
+
+    @torch.no_grad()
+    def _sizes(self, x: Tensor) -> Tensor:
+        """`[B, S]`, what SDXL is told of the picture's size and of what was cut off, by the webui's own embedders."""
+        size = [side * self.info.latent_scale for side in x.shape[-2:]]
+        told = {
+            "original_size_as_tuple": size,
+            "crop_coords_top_left": [shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left],
+            "target_size_as_tuple": size,
+        }
+        embedders = [e for e in self.model.conditioner.embedders if e.input_key in told]
+        rows = [e(torch.tensor([told[e.input_key]], device=x.device, dtype=devices.dtype)) for e in embedders]
+        return torch.cat(rows, dim=1).float().expand(len(x), -1)
+
+    @torch.no_grad()
     def _image_conditioning(self, x: Tensor) -> Tensor:
-        """What txt2img feeds into the extra channels of inpainting checkpoints; a dummy for all others."""
+        """What txt2img feeds into the extra channels of inpainting checkpoints; a dummy for all others.
+
+        For instruct-pix2pix the webui's txt2img has nothing that fits: no picture, which it is trained with zeros for.
+        """
         if tuple(x.shape) not in self._image_conditionings:
             height, width = (side * self.info.latent_scale for side in x.shape[-2:])
-            with torch.no_grad():
+            if getattr(self.model, "cond_stage_key", None) == "edit":
+                made = torch.zeros_like(x)
+            else:
                 made = processing.txt2img_image_conditioning(self.model, x.detach(), width, height)
             self._image_conditionings[tuple(x.shape)] = made.to(devices.dtype_unet)
         return self._image_conditionings[tuple(x.shape)]
@@ -360,3 +435,12 @@ class WebuiSession:
         with devices.autocast():
             pictures = processing.decode_latent_batch(self.model, latents, target_device=devices.cpu)
         return (torch.stack(list(pictures)).float() / 2 + 0.5).clamp(0, 1)
+
+
+def _of(embedding: Any, key: str) -> Tensor:
+    """A loaded embedding's vectors `[N, C]` for one encoder."""
+    return embedding.vec[key] if isinstance(embedding.vec, dict) else embedding.vec
+
+
+def _widths(vec: Tensor | Mapping[str, Tensor]) -> list[int]:
+    return [rows.shape[1] for rows in (vec.values() if isinstance(vec, Mapping) else [vec])]

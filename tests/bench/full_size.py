@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lib_estimate.hosts import checkpoint
+from lib_estimate.hosts.layouts import LAYOUTS
 from lib_estimate.hosts.standalone import StandaloneHost
 from lib_estimate.request import ModelOptions
 
@@ -45,7 +46,7 @@ def _components(device: torch.device, dtype: torch.dtype) -> checkpoint.Componen
             )
         )
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint.BUNDLED_VOCABULARY, local_files_only=True)
-    layout = checkpoint.LAYOUTS["sd1"]
+    layout = LAYOUTS["sd1"]
     return checkpoint.Components(
         name="random-full-size",
         hash=None,

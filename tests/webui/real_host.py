@@ -1,4 +1,4 @@
-"""A real webui for the tests: on the CPU, with a data folder of its own and the small model as checkpoint."""
+"""A real webui for the tests: on the CPU, with a data folder of its own and one small checkpoint."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]
+SHAPES_SD = PROJECT / "tests" / "shapes_sd" / "shapes_sd.safetensors"
 FLAGS = (
     "--skip-prepare-environment", "--skip-torch-cuda-test", "--skip-python-version-check", "--skip-version-check",
     "--use-cpu", "all", "--no-half", "--precision", "full", "--no-download-sd-model", "--do-not-download-clip",
@@ -28,10 +29,13 @@ START_LIMIT = 600  # seconds
 
 
 class RealHost:
-    """`root`: the webui's checkout. Used as a context manager; `url` is where its page is."""
+    """`root`: the webui's checkout; `checkpoint`: a single file with its .yaml beside it.
 
-    def __init__(self, root: Path, python: Path, data: Path) -> None:
-        self.root, self.python, self.data = root, python, data
+    Used as a context manager; `url` is where its page is.
+    """
+
+    def __init__(self, root: Path, python: Path, data: Path, checkpoint: Path = SHAPES_SD) -> None:
+        self.root, self.python, self.data, self.checkpoint = root, python, data, checkpoint
         self.log = data / "log.txt"
 
     def __enter__(self) -> RealHost:
@@ -66,10 +70,13 @@ class RealHost:
         (extensions / "embedding-estimate").symlink_to(PROJECT, target_is_directory=True)
         shutil.copy(HERE / "check_route.py", extensions / "checks" / "scripts")
         (extensions / "checks" / "checks.json").write_text(json.dumps({"file": str(HERE / "checks.py")}))
-        small = PROJECT / "tests" / "shapes_sd"
-        shutil.copy(small / "shapes_sd.safetensors", models)
-        layout = (small / "shapes_sd.yaml").read_text().replace("version: tokenizer", f"version: {small / 'tokenizer'}")
-        (models / "shapes_sd.yaml").write_text(layout)
+        # Previews of SDXL need a network the webui would download.
+        (self.data / "config.json").write_text(json.dumps({"live_previews_enable": False}))
+        shutil.copy(self.checkpoint, models)
+        layout = self.checkpoint.with_suffix(".yaml")
+        vocabulary = layout.parent / "tokenizer"
+        text = layout.read_text().replace("version: tokenizer", f"version: {vocabulary}")
+        (models / layout.name).write_text(text)
 
     def run(self, check: str) -> dict[str, Any]:
         """The figures of a check; AssertionError with its trace where it failed."""

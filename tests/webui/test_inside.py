@@ -16,9 +16,10 @@ import pytest
 
 from lib_estimate import embedding_file, job, plan
 from lib_estimate.request import EstimateRequest, Use
+from tests.small_models import small_model
 from tests.webui import standin
 from tests.webui.conftest import ROOT
-from tests.webui.real_host import RealHost
+from tests.webui.real_host import SHAPES_SD, RealHost
 
 PROJECT = Path(__file__).parents[2]
 CHECKS = PROJECT / "tests" / "webui" / "checks.py"
@@ -34,11 +35,15 @@ NAMES = [
 # ---- the checks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def over_the_stand_in() -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["shapes_sd", "small SDXL"])
+def over_the_stand_in(request, tmp_path_factory) -> dict[str, Any]:
     """What every check says over the stand-in, in a process of its own so that nothing of it stays in this one."""
+    model = SHAPES_SD
+    if request.param != "shapes_sd":
+        model = tmp_path_factory.mktemp("xl")
+        small_model("sdxl").pipeline().save_pretrained(model)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.webui.standin"], cwd=PROJECT, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "tests.webui.standin", model], cwd=PROJECT, capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -53,8 +58,8 @@ def test_over_the_stand_in(over_the_stand_in, name: str) -> None:
 if ROOT:  # not skipped one by one: conftest.py says it in one line
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_in_the_real_webui(real_host: RealHost, name: str) -> None:
-        print(json.dumps(real_host.run(name)))
+    def test_in_the_real_webui(each_real_host: RealHost, name: str) -> None:
+        print(json.dumps(each_real_host.run(name)))
 
     def test_an_estimate_of_the_real_webui_measures_the_same_here(
         real_host: RealHost, host, tmp_path, monkeypatch
