@@ -92,6 +92,7 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
     path = check_destination(request)
     with host.session() as session:
         path = _for_model(path, request, session.info)
+        _check_size(request, session.info)
         yield from _notes(request, session)
         alone = build_target(request, session)
         materials = yield from _materials(request, session, alone, cancel)
@@ -118,6 +119,7 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
 def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iterator[Phase | Fidelity]:
     """Measures an embedding against a prompt, as at the end of an estimate."""
     with host.session() as session:
+        _check_size(request, session.info)
         vectors = fitting_vectors(embedding, session.info)
         chosen = report_sentences(request, session)
         yield (yield from _measured(session, build_target(request, session), request, vectors, chosen))
@@ -155,6 +157,14 @@ def _for_model(path: Path, request: EstimateRequest, info: ModelInfo) -> Path:
     if request.format is Format.PT:
         raise EstimateError("An SDXL embedding can't be saved as .pt. Choose safetensors, or auto, as the file format.")
     return path.with_suffix(f".{Format.SAFETENSORS.value}")
+
+
+def _check_size(request: EstimateRequest, info: ModelInfo) -> None:
+    for side in ("width", "height"):
+        if getattr(request, side) % info.latent_scale:
+            raise EstimateError(
+                f"{side} is {getattr(request, side)}: it must be a multiple of {info.latent_scale} pixels."
+            )
 
 
 def _notes(request: EstimateRequest, session: Session) -> Iterator[Note]:

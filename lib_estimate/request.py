@@ -80,7 +80,7 @@ class ModelOptions:
     )
     emphasis: Emphasis = _field(Emphasis.ORIGINAL, "how (word:1.4) is applied, as in the webui's settings")
     clip_skip: int = _field(
-        1, "which layer of the text encoder is read, counted from its end (Stable Diffusion 1)", low=1, high=12
+        1, "which layer of the text encoder is read, counted from its end (Stable Diffusion 1)", low=1
     )
     sdxl_clip_l_skip: bool = _field(False, "clip skip moves the layer of SDXL's first text encoder, too")
 
@@ -112,7 +112,6 @@ class EstimateRequest:
         f"number of vectors; {INIT_TEXT}: as many as the initial text has tokens; {AUTO_VECTORS}: as few as keep the "
         "error below the tolerance",
         low=1,
-        high=75,
         choices=(INIT_TEXT, AUTO_VECTORS),
     )
     tolerance: float = _field(0.01, f"error that vectors {AUTO_VECTORS} may leave", low=0.0, high=1.0)
@@ -170,9 +169,6 @@ class EstimateRequest:
         self._check_sentences()
         if Path(self.subfolder).is_absolute() or ".." in Path(self.subfolder).parts:
             raise RequestError(f"subfolder is {self.subfolder!r}: it must be a folder inside the embeddings folder.")
-        for side in ("width", "height"):
-            if getattr(self, side) % 8:
-                raise RequestError(f"{side} is {getattr(self, side)}: it must be a multiple of 8 pixels.")
         return self
 
     def _check_sentences(self) -> None:
@@ -213,5 +209,6 @@ def _check(item: dataclasses.Field, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value != value:
         also = "".join(f", or {choice}" for choice in choices or ())
         raise RequestError(f"{name} is {value!r}: it must be {'a whole number' if whole else 'a number'}{also}.")
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {value}: it must be between {low} and {high}.")
+    if value < low or (high is not None and value > high):
+        wanted = f"{low} or more" if high is None else f"between {low} and {high}"
+        raise RequestError(f"{name} is {value}: it must be {wanted}.")

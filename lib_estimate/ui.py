@@ -176,7 +176,7 @@ def component(name: str, value: Any) -> Any:
     if about["low"] is None:
         return gr.Textbox(value="\n".join(value) if isinstance(value, tuple) else value, **given)
     whole = not isinstance(item.default, float)
-    if about["high"] > 200:
+    if about["high"] is None or about["high"] > 200:
         return gr.Number(value=value, **({"precision": 0} if whole else {}), **given)
     return gr.Slider(about["low"], about["high"], value=value, step=1 if whole else _step(**about), **given)
 
@@ -298,9 +298,8 @@ class Tab:
                 choices=list(COUNTS.values()), value=COUNTS[INIT_TEXT], label=LABELS["vectors"],
                 elem_id=identifier("vectors"), info="Auto: as few as keep the error below the tolerance",
             )  # fmt: skip
-            about = field_of("vectors").metadata
-            self.fields["vector_count"] = gr.Slider(
-                about["low"], about["high"], value=8, step=1, label="Number of vectors", visible=not self.shell.live,
+            self.fields["vector_count"] = gr.Number(
+                value=8, precision=0, label="Number of vectors", visible=not self.shell.live,
                 elem_id=identifier("vector_count"),
             )  # fmt: skip
         self._field("init")

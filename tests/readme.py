@@ -57,7 +57,7 @@ JAPANESE = {
     "images": "比較のためにプロンプトと埋め込みのそれぞれで作る画像の数。0: 作らない",
     "out": "埋め込みのフォルダ",
     "subfolder": "新しいファイルを置く、その中のフォルダ。空欄: なし",
-    "format": "ファイル形式",
+    "format": "ファイル形式。auto: どの webui でも読める pt、SDXL では safetensors",
     "overwrite": "同じ名前の埋め込みファイルを置き換える",
 }
 
@@ -80,7 +80,12 @@ def table(readme: str) -> str:
 
 def _range(item: dataclasses.Field) -> str:
     low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
-    numbers = [] if low is None else [f"{low:g} to {high:g}" if isinstance(item.default, float) else f"{low} to {high}"]
+    if low is None:
+        numbers = []
+    elif high is None:
+        numbers = [f"{low} or more"]
+    else:
+        numbers = [f"{low:g} to {high:g}" if isinstance(item.default, float) else f"{low} to {high}"]
     return ", ".join([f"`{choice}`" for choice in choices or ()] + numbers)
 
 

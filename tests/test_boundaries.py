@@ -71,3 +71,19 @@ def test_some_files_need_no_torch(name: str) -> None:
 def test_libraries_stay_in_their_file(library: str) -> None:
     users = {name for name, path in files().items() if any(i.split(".")[0] == library for i in imports(path))}
     assert users <= set(ONLY_IN[library])
+
+
+# Widths of text encoders and U-Nets, their sums, a chunk with and without its ends, CLIP's words, factors of latents.
+OF_A_MODEL = {
+    320, 640, 768, 1024, 1280, 1536, 1664, 2048, 2816, 75, 77, 49406, 49407, 49408, 0.18215, 0.13025, 0.00085, 0.012,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name not in ("plots", "ui")])  # pixels
+def test_what_a_model_can_say_is_not_in_the_code(name: str) -> None:
+    numbers = [
+        node.value
+        for node in ast.walk(ast.parse(files()[name].read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float))
+    ]
+    assert not OF_A_MODEL & set(numbers)

@@ -237,6 +237,11 @@ def test_a_prompt_that_does_nothing_is_refused(prompt, host, short, tmp_path) ->
     assert files(tmp_path) == []
 
 
+def test_a_size_that_latents_cannot_have_is_refused(host, short, tmp_path) -> None:
+    with pytest.raises(EstimateError, match="multiple of 8"):
+        next(job.estimate(dataclasses.replace(short, width=100), host))
+
+
 def test_a_common_word_as_name_is_warned_about(host, short) -> None:
     progress = job.estimate(dataclasses.replace(short, name="cat", steps=1), host)
     assert any(isinstance(p, job.Note) and '"cat"' in p.text for p in progress)

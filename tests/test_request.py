@@ -17,7 +17,7 @@ def test_every_field_is_explained_and_has_a_valid_default(source: type) -> None:
         low, high, choices = (item.metadata[k] for k in ("low", "high", "choices"))
         default = getattr(item.default, "value", item.default)
         assert choices is None or default in choices, item.name
-        assert low is None or isinstance(default, str) or low <= default <= high, item.name
+        assert low is None or isinstance(default, str) or low <= default <= (high or default), item.name
 
 
 def test_a_good_request_validates_to_itself() -> None:
@@ -32,14 +32,13 @@ def test_a_good_request_validates_to_itself() -> None:
         ({"steps": -1}, "steps"),
         ({"steps": 2.5}, "whole number"),
         ({"steps": True}, "whole number"),
-        ({"vectors": 76}, "between 1 and 75"),
-        ({"vectors": 0}, "between 1 and 75"),
+        ({"vectors": 0}, "1 or more"),
         ({"vectors": "many"}, "init_text"),
         ({"cfg_scale": float("nan")}, "cfg_scale"),
         ({"ema": 1.0}, "ema"),
         ({"optimizer": "Adamm"}, "choose one of"),
         ({"loss": "L7"}, "choose one of"),
-        ({"width": 100}, "multiple of 8"),
+        ({"steps": 100_001}, "between 0 and 100000"),
         ({"part": "magic"}, "choose one of"),
         ({"use": Use.SENTENCE}, "--sentence"),
         ({"sentence": ("no place",)}, "{}"),

@@ -65,6 +65,11 @@ def test_clip_skip_reads_an_earlier_layer(host) -> None:
         assert torch.allclose(states(with_options(host, clip_skip=2), "a red circle"), norm(layers[-2]), atol=1e-6)
 
 
+def test_clip_skip_beyond_the_models_layers_is_said(host) -> None:
+    with pytest.raises(ModelError, match="has 3 layers"):
+        states(with_options(host, clip_skip=4), "a red circle")
+
+
 def test_emphasis_modes(host) -> None:
     plain = states(host, "a red circle")
     weighted = {mode: states(with_options(host, emphasis=mode), "a (red:1.5) circle") for mode in Emphasis}

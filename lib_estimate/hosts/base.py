@@ -17,6 +17,11 @@ from torch import Tensor
 
 from lib_estimate.embedding_file import Vectors
 
+PLACEHOLDER = "embeddingestimateplaceholder"  # the word the learnt vectors stand for
+# CLIP's vocabulary begins with the single bytes, inside of words and at their end: brackets and the like, which would
+# mean something in a prompt.
+FIRST_WORD_ID = 2 * 256
+
 
 @dataclass(frozen=True)
 class ModelInfo:

@@ -22,6 +22,8 @@ from lib_estimate.embedding_file import Vectors
 from lib_estimate.errors import EstimateError, ModelError
 from lib_estimate.hosts import checkpoint, denoising
 from lib_estimate.hosts.base import (
+    FIRST_WORD_ID,
+    PLACEHOLDER,
     Conditioning,
     CrossAttentionLayer,
     ModelInfo,
@@ -37,7 +39,6 @@ from lib_estimate.request import ModelOptions
 
 log = logging.getLogger(__name__)
 
-PLACEHOLDER = "embeddingestimateplaceholder"
 MOST_BATCHES = 64
 
 
@@ -154,8 +155,7 @@ class StandaloneSession:
     def random_text(self, rng: Random, count: int) -> str:
         words: list[str] = []
         while len(words) < count:
-            # Ids below 512 are single bytes; brackets and the like would mean something in a prompt.
-            word = self.parts.tokenizer.decode([rng.randrange(512, self.vocabulary.start)]).strip()
+            word = self.parts.tokenizer.decode([rng.randrange(FIRST_WORD_ID, self.vocabulary.start)]).strip()
             if word.isascii() and word.isalnum():
                 words.append(word)
         return " ".join(words)
@@ -243,7 +243,11 @@ class StandaloneSession:
 
     def _layer(self, encoder: TextEncoder) -> int:
         skip, moved = self.options.clip_skip, self.options.sdxl_clip_l_skip and len(self.parts.text_encoders) > 1
-        return skip if encoder.clip_skip or (moved and not encoder.pooled) else encoder.layer
+        if not encoder.clip_skip and (not moved or encoder.pooled):
+            return encoder.layer
+        if skip > encoder.layers:
+            raise ModelError(f"Clip skip is {skip}, but this model's text encoder has {encoder.layers} layers.")
+        return skip
 
     def _emphasised(self, z: Tensor, weights: Tensor, together: bool) -> Tensor:
         mode = self.options.emphasis.value

@@ -40,6 +40,10 @@ class TextEncoder:
         return self.model.config.hidden_size
 
     @property
+    def layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
     def places(self) -> int:
         """Tokens in a chunk, with start and end."""
         return self.model.config.max_position_embeddings

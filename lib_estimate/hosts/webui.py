@@ -24,6 +24,8 @@ from lib_estimate.embedding_file import Vectors
 from lib_estimate.errors import ModelError, PromptSyntaxError
 from lib_estimate.hosts import denoising
 from lib_estimate.hosts.base import (
+    FIRST_WORD_ID,
+    PLACEHOLDER,
     Conditioning,
     CrossAttentionLayer,
     ModelInfo,
@@ -36,9 +38,7 @@ from lib_estimate.hosts.base import (
 )
 from lib_estimate.hosts.layouts import LAYOUTS
 
-PLACEHOLDER = "embeddingestimateplaceholder"
 MOST_BATCHES = 64
-FIRST_WORD_ID = 512  # ids below are single bytes; brackets and the like would mean something in a prompt
 
 
 class WebuiHost:
