@@ -1,4 +1,5 @@
-"""A model of Stable Diffusion 1's size with random weights: it draws nothing, but a step on it costs what it costs."""
+"""Models of Stable Diffusion 1's and XL's size with random weights: they draw nothing, but a step on them costs what it
+costs. On PyTorch's meta device they take no memory, and say what one would."""
 
 from __future__ import annotations
 
@@ -6,57 +7,88 @@ from unittest import mock
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lib_estimate.hosts import checkpoint
 from lib_estimate.hosts.layouts import LAYOUTS
 from lib_estimate.hosts.standalone import StandaloneHost
 from lib_estimate.request import ModelOptions
 
-WIDTH, POSITIONS, VOCABULARY = 768, 77, 49408
+WIDTHS, POSITIONS, VOCABULARY = (768, 1280), 77, 49408
 CHANNELS = (128, 256, 512, 512)  # of the VAE
+SIDE = {"sd1": 64, "sdxl": 128}  # of the latents
 
 
-def random_host(device: str, dtype: str) -> StandaloneHost:
-    """A host that holds such a model, made in memory: 4 GB in float32."""
+def random_host(device: str, dtype: str, family: str = "sd1") -> StandaloneHost:
+    """A host that holds such a model, made in memory: 4 GB in float32 for Stable Diffusion 1."""
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    with mock.patch.object(checkpoint, "load", lambda _, wanted: _components(torch.device(place), wanted)):
+
+    def components(_, wanted: torch.dtype) -> checkpoint.Components:
+        return _components(torch.device(place), wanted, family)
+
+    with mock.patch.object(checkpoint, "load", components):
         return StandaloneHost(ModelOptions(model="random", device=device, dtype=dtype))
 
 
-def _components(device: torch.device, dtype: torch.dtype) -> checkpoint.Components:
+def _components(device: torch.device, dtype: torch.dtype, family: str) -> checkpoint.Components:
     torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint.BUNDLED_VOCABULARY, local_files_only=True)
+    layout = LAYOUTS[family]
     with device:
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=WIDTH, attention_head_dim=8)
+        unet = _unet(family)
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
             up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
             block_out_channels=CHANNELS,
             layers_per_block=2,
         )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=WIDTH,
-                intermediate_size=4 * WIDTH,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                max_position_embeddings=POSITIONS,
-                hidden_act="quick_gelu",
-            )
-        )
-    tokenizer = CLIPTokenizer.from_pretrained(checkpoint.BUNDLED_VOCABULARY, local_files_only=True)
-    layout = LAYOUTS["sd1"]
+        first = CLIPTextModel(_text_config(WIDTHS[0], layers=12, act="quick_gelu")).to(dtype)
+        if family == "sdxl":
+            second = CLIPTextModelWithProjection(_text_config(WIDTHS[1], layers=32, act="gelu")).to(dtype)
+            encoders = checkpoint._of_sdxl(first, second, tokenizer, pad=0)
+        else:
+            encoders = (checkpoint._of_sd1(first, tokenizer),)
     return checkpoint.Components(
         name="random-full-size",
         hash=None,
         tokenizer=tokenizer,
-        text_encoders=(checkpoint._of_sd1(text_encoder.to(dtype), tokenizer),),
+        text_encoders=encoders,
         unet=unet.to(dtype),
         vae=vae.to(dtype),
         alphas_cumprod=checkpoint._alphas_cumprod(
             "scaled_linear", layout["linear_start"], layout["linear_end"], layout["timesteps"]
         ),
         prediction="epsilon",
-        default_size=512,
+        default_size=8 * SIDE[family],
+    )
+
+
+def _unet(family: str) -> UNet2DConditionModel:
+    if family == "sd1":
+        return UNet2DConditionModel(sample_size=SIDE[family], cross_attention_dim=WIDTHS[0], attention_head_dim=8)
+    return UNet2DConditionModel(
+        sample_size=SIDE[family],
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=sum(WIDTHS),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=WIDTHS[1] + 6 * 256,
+    )
+
+
+def _text_config(width: int, layers: int, act: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        max_position_embeddings=POSITIONS,
+        hidden_act=act,
     )

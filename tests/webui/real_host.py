@@ -70,8 +70,8 @@ class RealHost:
         (extensions / "embedding-estimate").symlink_to(PROJECT, target_is_directory=True)
         shutil.copy(HERE / "check_route.py", extensions / "checks" / "scripts")
         (extensions / "checks" / "checks.json").write_text(json.dumps({"file": str(HERE / "checks.py")}))
-        # Previews of SDXL need a network the webui would download.
-        (self.data / "config.json").write_text(json.dumps({"live_previews_enable": False}))
+        # Of the ways to preview SDXL, one that needs no download.
+        (self.data / "config.json").write_text(json.dumps({"show_progress_type": "Approx cheap"}))
         shutil.copy(self.checkpoint, models)
         layout = self.checkpoint.with_suffix(".yaml")
         vocabulary = layout.parent / "tokenizer"
