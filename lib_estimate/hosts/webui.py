@@ -389,16 +389,21 @@ class WebuiSession:
     def _image_conditioning(self, x: Tensor) -> Tensor:
         """What txt2img feeds into the extra channels of inpainting checkpoints; a dummy for all others.
 
-        For instruct-pix2pix the webui's txt2img has nothing that fits: no picture, which it is trained with zeros for.
+        The webui draws it from what its VAE makes of a grey picture; here it is the same draw each time. For
+        instruct-pix2pix its txt2img has nothing that fits: no picture, which it is trained with zeros for.
         """
-        if tuple(x.shape) not in self._image_conditionings:
+        shape = tuple(x.shape[1:])
+        if shape not in self._image_conditionings:
             height, width = (side * self.info.latent_scale for side in x.shape[-2:])
             if getattr(self.model, "cond_stage_key", None) == "edit":
-                made = torch.zeros_like(x)
+                made = torch.zeros_like(x[:1])
             else:
-                made = processing.txt2img_image_conditioning(self.model, x.detach(), width, height)
-            self._image_conditionings[tuple(x.shape)] = made.to(devices.dtype_unet)
-        return self._image_conditionings[tuple(x.shape)]
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    made = processing.txt2img_image_conditioning(self.model, x[:1].detach(), width, height)
+            self._image_conditionings[shape] = made.to(devices.dtype_unet)
+        made = self._image_conditionings[shape]
+        return made.expand(len(x), *made.shape[1:])
 
     def _alphas_cumprod(self) -> Tensor:
         return self.model.alphas_cumprod.to(devices.device, torch.float32)
