@@ -42,7 +42,7 @@ JAPANESE = {
     "warmup": "学習率を 0 から上げるステップ数",
     "optimizer": "オプティマイザー。auto: part による",
     "loss": "学習中に目標との距離を測る方法",
-    "batch": "unet の学習 1 ステップあたりのノイズ付き latent の数",
+    "batch": "unet の学習 1 ステップあたりのノイズ付き latent の数。LBFGS は少なくとも 12",
     "queries": "cross-attention が latent ごとに見る位置の数",
     "memory": "そのために使ってよいメモリー (GB)",
     "clip_gradient": "勾配ノルムの上限。0: 制限なし",
