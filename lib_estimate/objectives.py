@@ -92,15 +92,19 @@ def _tensors(conditioning: Conditioning) -> list[Tensor]:
 class WithUNet(Objective):
     """An objective whose gradient goes through the U-Net, which is what takes memory."""
 
-    LATENTS_AT_ONCE = 4
+    PIXELS_AT_ONCE = 2**14  # of latents: beyond that a larger batch takes memory and saves no time
 
     def __init__(self, session: Session) -> None:
-        self.session, self.at_once = session, self.LATENTS_AT_ONCE
+        self.session, self.one_by_one = session, False
+
+    def at_once(self, x: Tensor) -> int:
+        """How many of the latents x `[M, c, h, w]` go through the U-Net together."""
+        return 1 if self.one_by_one else max(1, self.PIXELS_AT_ONCE // x[0, 0].numel())
 
     def lighten(self) -> bool:
         """First one latent at a time, then activations are computed again in the backward pass."""
-        if self.at_once > 1:
-            self.at_once = 1
+        if not self.one_by_one:
+            self.one_by_one = True
             return True
         return self.session.save_memory()
 
@@ -130,7 +134,7 @@ class Denoising(WithUNet):
 
     def losses(self, vectors: Vectors, drawn: Tensor) -> Iterator[Tensor]:
         bank = self.bank
-        for at in drawn.split(self.at_once):
+        for at in drawn.split(self.at_once(bank.x)):
             conditioning = self.target.embed(self.session, vectors)
             eps = self.session.predict_noise(bank.x[at], bank.timestep[at], conditioning)
             yield self.distance(eps, bank.target[at]).sum() * (self.scale / len(drawn))
@@ -305,7 +309,7 @@ class DenoisingInSentences(WithUNet):
 
     def losses(self, vectors: Vectors, drawn: list) -> Iterator[Tensor]:
         frames, *of_latents, scales = drawn
-        together = max(1, self.at_once // self.LATENTS)  # sentences
+        together = max(1, self.at_once(of_latents[0]) // self.LATENTS)  # sentences
         for first in range(0, len(frames), together):
             chosen = slice(first, first + together)
             latents = slice(first * self.LATENTS, (first + together) * self.LATENTS)

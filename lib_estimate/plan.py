@@ -47,7 +47,7 @@ DEFAULTS = {
 }
 # Fresh sentences at every step are noise to L-BFGS.
 IN_SENTENCES = Stage(Part.CROSS_ATTENTION, "Adam", "", "cosine", 300, share=0.05)
-POLISH = Stage(Part.UNET, LBFGS, "1", "constant", 24)
+POLISH = Stage(Part.UNET, LBFGS, "1", "constant", 20)
 POLISH_IN_SENTENCES = Stage(Part.UNET, "Adam", "", "cosine", 80, share=0.05)
 
 
@@ -79,10 +79,11 @@ def _with_optimizer(stage: Stage, optimizer: str) -> Stage:
 
 
 def _limited(stages: list[Stage], steps: int) -> list[Stage]:
-    """The stages with as many steps in all, each with the share it would have had."""
+    """The stages with as many steps in all, each with the share it would have had, and at least one."""
+    main, *rest = stages[:steps]
     planned = sum(stage.steps for stage in stages)
-    shares = [max(1, round(steps * stage.steps / planned)) for stage in stages]
-    return [replace(stage, steps=share) for stage, share in zip(stages, shares, strict=True)]
+    rest = [replace(stage, steps=max(1, round(steps * stage.steps / planned))) for stage in rest]
+    return [replace(main, steps=steps - sum(stage.steps for stage in rest)), *rest]
 
 
 def _planned(request: EstimateRequest, composed: bool, steady: bool) -> list[Stage]:

@@ -132,7 +132,7 @@ class EstimateRequest:
     warmup: int = _field(0, "steps over which the learning rate rises from zero", low=0, high=100_000)
     optimizer: str = _field(AUTO, "the optimizer. auto: by part", choices=(AUTO, *OPTIMIZERS))
     loss: str = _field("MSE", "how the distance to the target is measured while learning", choices=tuple(LOSSES))
-    batch: int = _field(4, "noisy latents per learning step of the unet part; LBFGS takes 12 at the least", low=1, high=256)
+    batch: int = _field(4, "noisy latents per learning step of the unet part; LBFGS: 12 or more", low=1, high=256)
     queries: int = _field(6, "positions per latent that the cross-attention part looks at", low=1, high=4096)
     memory: float = _field(1.0, "GB that these may take", low=0.01, high=64.0)
     clip_gradient: float = _field(0.0, "largest norm of the gradient; 0: no limit", low=0.0, high=1e6)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from lib_estimate import job
+from lib_estimate.fit import Cancel
 from lib_estimate.hosts.standalone import StandaloneHost, StandaloneSession
 from lib_estimate.job import Material
 from lib_estimate.queries import Recorder
@@ -15,6 +18,10 @@ from lib_estimate.target import TRAIN, build_bank, build_target, latent_noise
 
 SHAPES_SD = Path(__file__).parent / "shapes_sd" / "shapes_sd.safetensors"
 VOCABULARY = Path(__file__).parent / "shapes_sd" / "tokenizer"
+
+
+torch.set_num_threads(1)  # every core has a test of its own
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +44,17 @@ def short(tmp_path: Path) -> EstimateRequest:
         part=Part.UNET,
         use=Use.WHOLE,
         out=str(tmp_path),
-        steps=12,
+        steps=2,
         trajectories=1,
         sampling_steps=8,
         images=0,
         sentence=("a photo of {}",),
     )
+
+
+def run(request: EstimateRequest, host, cancel: Cancel | None = None) -> job.Outcome:
+    *_, outcome = job.estimate(request, host, cancel)
+    return outcome
 
 
 def record(session: StandaloneSession, request: EstimateRequest, sentence: str = HOLE) -> Material:

@@ -18,7 +18,7 @@ from tests.conftest import SHAPES_SD
 
 MODEL = ["--model", str(SHAPES_SD)]
 GENERATION = ["--sampling-steps", "6", "--images", "1", "--sentence", "a small {}"]
-QUICK = [*MODEL, *GENERATION, "--part", "unet", "--steps", "6", "--trajectories", "1"]
+QUICK = [*MODEL, *GENERATION, "--part", "unet", "--steps", "3", "--trajectories", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_fit_leaves_a_file_and_tells_all(tmp_path, capsys) -> None:
         "unweighted_error", "recovered", "sentence_error", "pixel_difference", "seed", "model", "settings",
     }  # fmt: skip
     assert wanted <= set(record)
-    assert record["steps_run"] == len(record["losses"]) == 6
+    assert record["steps_run"] == len(record["losses"]) == 3
     assert embedding_file.load(tmp_path / "out" / "word.pt").vectors["clip_l"].shape[0] == record["vectors"] == 3
     assert "emphasis" in printed.err
     assert Image.open(tmp_path / "sheet.png").width > 300

@@ -12,36 +12,12 @@ from lib_estimate.errors import EstimateError, RequestError
 from lib_estimate.fidelity import recovered_share
 from lib_estimate.fit import Cancel, StepReport
 from lib_estimate.hosts.standalone import StandaloneSession
-from lib_estimate.request import EstimateRequest, Part, Start, Target, Use
-from tests.conftest import all_parameters
-
-
-def run(request: EstimateRequest, host, cancel: Cancel | None = None) -> job.Outcome:
-    *_, outcome = job.estimate(request, host, cancel)
-    return outcome
+from lib_estimate.request import Part, Target
+from tests.conftest import all_parameters, run
 
 
 def files(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
-
-
-def test_emphasis_is_carried(host, tmp_path) -> None:
-    """To a seventh of what leaving the weights out does, on noise never learnt from, with every default."""
-    request = EstimateRequest(
-        prompt="(red:1.6) circle",
-        name="carried",
-        out=str(tmp_path),
-        use=Use.WHOLE,
-        vectors=4,
-        images=1,
-        sentence=("a photo of {}",),
-    )
-    figures = run(request, host).fidelity
-    assert figures.error < 0.15 * figures.unweighted_error
-    assert figures.recovered == pytest.approx(1 - figures.error / figures.unweighted_error)
-    assert set(figures.pictures) == {"prompt", "embedding", "unweighted"}
-    assert len(figures.pictures["prompt"]) == 1
-    assert 0 < figures.pixel_difference < 0.75 * figures.unweighted_pixel_difference
 
 
 @pytest.mark.parametrize(("part", "share"), [(Part.CROSS_ATTENTION, 0.3), (Part.UNET, 0.6), (Part.TRANSFORMER, 0.7)])
@@ -49,67 +25,10 @@ def test_every_part_finds_the_prompt_from_a_wrong_start(part, share, host, short
     """Starting from another colour and shape, which is as far away as an empty prompt or farther."""
     request = dataclasses.replace(short, prompt="a red circle", init="a blue star", part=part)
     start = run(dataclasses.replace(request, steps=1, learning_rate="1e-9"), host).fidelity.error
-    steps = 200 if part is Part.TRANSFORMER else 30
+    steps = {Part.TRANSFORMER: 150, Part.CROSS_ATTENTION: 30, Part.UNET: 5}[part]
     error = run(dataclasses.replace(request, steps=steps, overwrite=True), host).fidelity.error
     assert start > 0.5
     assert error < share * start, (start, error)
-
-
-def test_for_use_anywhere_no_sentence_is_spoiled(host, tmp_path) -> None:
-    request = EstimateRequest(prompt="(red:1.6) circle", name="any", out=str(tmp_path), images=0)
-    outcome = run(request, host)
-    assert outcome.record["vectors"] == 2
-    assert outcome.record["use"] == "anywhere"
-    assert outcome.fidelity.error < 0.75 * outcome.fidelity.unweighted_error
-    assert outcome.record["sentence_error"]["median"] < 0.9
-    assert len(outcome.fidelity.sentences) == 6
-
-
-def test_for_one_sentence_it_is_best_there(host, short) -> None:
-    sentence = "a photo of a {} on the left"
-    request = dataclasses.replace(
-        short, prompt="(red:1.6) circle", part=Part.AUTO, use=Use.SENTENCE, sentence=(sentence,), steps=40
-    )
-    outcome = run(request, host)
-    assert outcome.record["fitted_sentence_error"]["median"] < 0.8
-    assert [s.sentence for s in outcome.fidelity.sentences if s.fitted] == [sentence]
-    assert outcome.record["sentence_error"] is not None
-
-
-def test_two_sentences_at_once(host, short) -> None:
-    both = ("a {} on the left", "a small {}")
-    request = dataclasses.replace(
-        short, prompt="(red:1.6) circle", part=Part.CROSS_ATTENTION, use=Use.SENTENCE, sentence=both, steps=20
-    )
-    outcome = run(request, host)
-    assert sum(s.fitted for s in outcome.fidelity.sentences) == 2
-    assert outcome.losses[-1] < 0.9 * outcome.losses[0]
-
-
-def test_auto_says_what_it_picked(host, short) -> None:
-    outcome = run(dataclasses.replace(short, part=Part.AUTO, steps=5), host)
-    assert [s["part"] for s in outcome.record["stages"]] == ["cross-attention", "unet"]
-    assert outcome.record["stages"][0]["optimizer"] == "LBFGS"
-    assert sum(s["steps_run"] for s in outcome.record["stages"]) == outcome.record["steps_run"] == 5
-
-
-@pytest.mark.parametrize(("tolerance", "most"), [(1.0, 1), (0.05, 5)])
-def test_vectors_auto_takes_as_few_as_will_do(tolerance, most, host, short) -> None:
-    request = dataclasses.replace(
-        short, prompt="a large red circle on the left", part=Part.AUTO, vectors="auto", tolerance=tolerance, steps=3
-    )
-    outcome = run(request, host)
-    table = outcome.record["errors_by_vectors"]
-    assert outcome.record["vectors"] == list(table)[-1] <= most
-    assert all(error > tolerance for error in list(table.values())[:-1])
-    assert table[outcome.record["vectors"]] <= tolerance
-
-
-def test_a_sentence_it_would_spoil_is_warned_about(host, short) -> None:
-    """A random embedding is worse than the prompt without weights in any sentence."""
-    request = dataclasses.replace(short, part=Part.CROSS_ATTENTION, use=Use.ANYWHERE, start=Start.RANDOM, steps=1)
-    notes = [p.text for p in job.estimate(request, host) if isinstance(p, job.Note)]
-    assert any("a photo of {}" in note for note in notes)
 
 
 def test_a_prompt_without_weights_is_matched_by_its_own_tokens(host, short) -> None:
@@ -130,9 +49,8 @@ def test_a_prompt_without_weights_is_matched_by_its_own_tokens(host, short) -> N
     ids=["editing", "AND", "BREAK", "negative"],
 )
 def test_every_kind_of_prompt_can_be_learnt(change, host, short) -> None:
-    request = dataclasses.replace(short, steps=40, init="a blue circle", **change)
-    losses = run(request, host).losses
-    assert sum(losses[-5:]) < sum(losses[:5])
+    losses = run(dataclasses.replace(short, steps=3, init="a blue circle", **change), host).losses
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_the_saved_file_holds_the_best_vectors_and_how_they_came(host, short) -> None:
@@ -261,7 +179,7 @@ def test_recovered_share(error, plain, share) -> None:
 
 
 def test_where_memory_is_short_the_unet_takes_less_at_once(host, short, monkeypatch) -> None:
-    """Room for four latents, or for one with its gradient where activations aren't kept."""
+    """Room for four latents, or for one with its gradient where activations aren't kept; the recording has eight."""
     predict, seen = StandaloneSession.predict_noise, []
 
     def little_room(self, x, timestep, conditioning):
@@ -274,11 +192,11 @@ def test_where_memory_is_short_the_unet_takes_less_at_once(host, short, monkeypa
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return predict(self, x, timestep, conditioning)
 
-    request = dataclasses.replace(short, steps=3)
+    request = dataclasses.replace(short, steps=1)
     roomy = run(request, host)
     monkeypatch.setattr(StandaloneSession, "predict_noise", little_room)
     *progress, tight = job.estimate(dataclasses.replace(request, overwrite=True), host)
-    assert seen[:2] == [(4, False), (1, False)]
+    assert seen[:2] == [(8, False), (1, False)]
     assert set(seen[2:]) == {(1, True)}
     assert any(isinstance(p, job.Note) and "Memory was short" in p.text for p in progress)
     assert tight.record["losses"] == pytest.approx(roomy.record["losses"], rel=1e-3)

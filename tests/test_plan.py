@@ -47,6 +47,11 @@ def test_steps_are_those_of_all_stages_together(steps) -> None:
     assert [stage.steps > 0 for stage in planned] == [True, True]
 
 
+def test_a_single_step_is_the_main_stages() -> None:
+    (only,) = plan.stages(replace(BASE, use=Use.WHOLE, steps=1), composed=False, steady=True)
+    assert (only.part, only.steps) == (Part.CROSS_ATTENTION, 1)
+
+
 def test_another_optimizer_gets_its_own_rate() -> None:
     first, _ = plan.stages(replace(BASE, optimizer="LBFGS"), composed=False, steady=True)
     assert first.learning_rate == ""

@@ -58,7 +58,7 @@ class Size:
     denoising_steps: tuple[int, int]
 
 
-WHOLE = Size(20, 6, 8, True, (4, 40), (10, 20))
+WHOLE = Size(20, 6, 12, True, (4, 40), (10, 20))
 LIGHT = Size(2, 60, 1, False, (1, 2), (1, 2))  # for a large model on a CPU, where one sample takes many seconds
 
 
@@ -94,13 +94,15 @@ def step_costs(session: StandaloneSession, seed: int) -> dict[str, Any]:
         ground, Part.CROSS_ATTENTION, attention, "attention layers", ground.size.attention_steps, lambda: None
     )
     sample = fmean(bare[ground.size.denoising_steps[0] :]) / ground.size.batch
+    learnt_from = len(denoising.draw(torch.Generator(), fixed=True))
+    per_sample = denoising_cost["seconds_per_evaluation"] / learnt_from
     figures = {
         "size": {"sampling_steps": ground.size.sampling_steps, "batch": ground.size.batch},
         "queries_per_layer": [h.shape[0] * h.shape[1] for h in ground.queries.hidden],
         "steps": {"Denoising": denoising_cost, "CrossAttention": attention_cost},
         "bare_seconds_per_sample": sample,
-        "denoising_seconds_per_sample": denoising_cost["seconds"] / ground.size.batch,
-        "denoising_ratio": denoising_cost["seconds"] / ground.size.batch / sample,
+        "denoising_seconds_per_sample": per_sample,
+        "denoising_ratio": per_sample / sample,
         "cross_attention_step_ratio": attention_cost["seconds_per_evaluation"] / sample,
         "cross_attention_optimizer_step_ratio": attention_cost["seconds"] / sample,
         "bank_forwards": bank_forwards(session, seed),
