@@ -31,7 +31,7 @@ def test_emphasis_is_carried(host, tmp_path) -> None:
 
 
 def test_for_use_anywhere_no_sentence_is_spoiled(host, tmp_path) -> None:
-    request = EstimateRequest(prompt="(red:1.6) circle", name="any", out=str(tmp_path), images=0)
+    request = EstimateRequest(prompt="(red:1.6) circle", name="any", out=str(tmp_path), images=0, steps=160)
     outcome = run(request, host)
     assert outcome.record["vectors"] == 2
     assert outcome.record["use"] == "anywhere"
@@ -43,7 +43,7 @@ def test_for_use_anywhere_no_sentence_is_spoiled(host, tmp_path) -> None:
 def test_for_one_sentence_it_is_best_there(host, short) -> None:
     sentence = "a photo of a {} on the left"
     request = dataclasses.replace(
-        short, prompt="(red:1.6) circle", part=Part.AUTO, use=Use.SENTENCE, sentence=(sentence,), steps=40
+        short, prompt="(red:1.6) circle", part=Part.AUTO, use=Use.SENTENCE, sentence=(sentence,), steps=20
     )
     outcome = run(request, host)
     assert outcome.record["fitted_sentence_error"]["median"] < 0.8
