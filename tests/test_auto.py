@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from lib_estimate import job
+from lib_estimate.initial import initial_vectors
 from lib_estimate.request import EstimateRequest, Part, Start, Use
 from tests.conftest import run
 
@@ -38,6 +40,16 @@ def test_for_use_anywhere_no_sentence_is_spoiled(host, tmp_path) -> None:
     assert outcome.fidelity.error < 0.75 * outcome.fidelity.unweighted_error
     assert outcome.record["sentence_error"]["median"] < 0.9
     assert len(outcome.fidelity.sentences) == 6
+
+
+def test_for_use_anywhere_it_goes_a_part_of_the_way(host, short, session, monkeypatch) -> None:
+    request = dataclasses.replace(short, use=Use.ANYWHERE, part=Part.CROSS_ATTENTION, overwrite=True)
+    start = initial_vectors(request, session)["clip_l"]
+    held_back = run(request, host).embedding.vectors["clip_l"] - start
+    monkeypatch.setattr(job, "SHARE_OF_THE_WAY", 1.0)
+    whole = run(request, host).embedding.vectors["clip_l"] - start
+    assert whole.abs().max() > 0
+    assert torch.allclose(held_back, 0.65 * whole, atol=1e-6)
 
 
 def test_for_one_sentence_it_is_best_there(host, short) -> None:
