@@ -47,7 +47,7 @@ DEFAULTS = {
 }
 # Fresh sentences at every step are noise to L-BFGS.
 IN_SENTENCES = Stage(Part.CROSS_ATTENTION, "Adam", "", "cosine", 300, share=0.05)
-POLISH = Stage(Part.UNET, LBFGS, "1", "constant", 20)
+POLISH = Stage(Part.UNET, LBFGS, "1", "constant", 17)
 POLISH_IN_SENTENCES = Stage(Part.UNET, "Adam", "", "cosine", 80, share=0.05)
 
 
