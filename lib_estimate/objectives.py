@@ -20,7 +20,7 @@ from lib_estimate.errors import RequestError
 from lib_estimate.hosts.base import Conditioning, Session
 from lib_estimate.queries import Queries
 from lib_estimate.request import HOLE
-from lib_estimate.target import Bank, Target
+from lib_estimate.target import Bank, Target, noise_under
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (prediction [B, ...], target [B, ...]) -> [B], float32
 TINY = 1e-12
@@ -303,27 +303,21 @@ class DenoisingInSentences(WithUNet):
         frames, wanted, plain = in_sentences(self.session, self.text, chosen)
         at = torch.cat([spread(len(bank), self.LATENTS, generator) for _ in chosen]).to(bank.x.device)
         x, timestep = bank.x[at], bank.timestep[at]
-        eps = self._noise(x, timestep, wanted)
-        off = self._by_sentence(self._noise(x, timestep, plain), eps)
+        eps, unweighted = (
+            noise_under(self.session, x, timestep, each.repeat_each(self.LATENTS)) for each in (wanted, plain)
+        )
+        off = self.distance(unweighted, eps).view(-1, self.LATENTS).mean(1)
         return [frames, x, timestep, eps, 1 / (off + self.floor)]
 
     def losses(self, vectors: Vectors, drawn: list) -> Iterator[Tensor]:
-        frames, *of_latents, scales = drawn
-        together = max(1, self.at_once(of_latents[0]) // self.LATENTS)  # sentences
-        for first in range(0, len(frames), together):
-            chosen = slice(first, first + together)
-            latents = slice(first * self.LATENTS, (first + together) * self.LATENTS)
-            x, timestep, wanted = (rows[latents] for rows in of_latents)
-            eps = self._noise(x, timestep, self.session.encode(frames[chosen], vectors))
-            yield (self._by_sentence(eps, wanted) * scales[chosen]).sum() / len(frames)
-
-    def _noise(self, x: Tensor, timestep: Tensor, sentences: Conditioning) -> Tensor:
-        """eps of x `[S*L, c, h, w]`, L latents after each other under each of S conditionings."""
-        return self.session.predict_noise(x, timestep, sentences.repeat_each(self.LATENTS))
-
-    def _by_sentence(self, eps: Tensor, wanted: Tensor) -> Tensor:
-        """Distances `[S]`."""
-        return self.distance(eps, wanted).view(-1, self.LATENTS).mean(1)
+        frames, x, timestep, wanted, scales = drawn
+        shares, count = scales.repeat_interleave(self.LATENTS) / len(x), self.at_once(x)
+        for first in range(0, len(x), count):
+            at = slice(first, first + count)
+            # All sentences, as shorter ones are filled up to the longest.
+            given = self.session.encode(frames, vectors).repeat_each(self.LATENTS).rows(at)
+            eps = self.session.predict_noise(x[at], timestep[at], given)
+            yield (self.distance(eps, wanted[at]) * shares[at]).sum()
 
 
 def in_sentences(session: Session, text: str, chosen: Sequence[str]) -> tuple[list[str], Conditioning, Conditioning]:

@@ -237,12 +237,13 @@ def _other_is_empty(target: Target) -> bool:
 
 @torch.no_grad()
 def noise_under(session: Session, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    """eps `[M, c, h, w]` of latents x `[M, c, h, w]` under one conditioning; fewer at once where memory is short."""
-    at_once = CHUNK
+    """eps `[M, c, h, w]` of latents x `[M, c, h, w]` under one conditioning, or one each; fewer at once where memory is
+    short."""
+    at_once, given = CHUNK, conditioning.expand(len(x))
     while True:
-        pieces = zip(x.split(at_once), timestep.split(at_once), strict=True)
+        pieces = [slice(first, first + at_once) for first in range(0, len(x), at_once)]
         try:
-            return torch.cat([session.predict_noise(a, t, conditioning) for a, t in pieces])
+            return torch.cat([session.predict_noise(x[at], timestep[at], given.rows(at)) for at in pieces])
         except torch.cuda.OutOfMemoryError:
             if at_once == 1:
                 raise

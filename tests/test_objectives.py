@@ -142,6 +142,31 @@ def test_the_plain_prompt_is_the_measure_of_predicted_noise_in_sentences_too(ses
         assert objective.loss(session.token_vectors("a red circle"), drawn).item() == pytest.approx(1, rel=1e-3)
 
 
+@pytest.mark.parametrize("part", ["unet", "denoising in sentences"])
+def test_one_latent_at_a_time_is_the_same_loss(part, session, short) -> None:
+    objective = make(part, session, short)
+    drawn, start = objective.draw(torch.Generator().manual_seed(0), fixed=True), session.token_vectors("a blue square")
+
+    def loss() -> tuple[float, torch.Tensor, list[int]]:
+        seen, predict = [], session.predict_noise
+        session.predict_noise = lambda x, *given: (seen.append(len(x)), predict(x, *given))[1]
+        vectors = {key: rows.clone().requires_grad_(True) for key, rows in start.items()}
+        try:
+            value = objective.loss(vectors, drawn)
+        finally:
+            del session.predict_noise
+        (gradient,) = torch.autograd.grad(value, list(vectors.values()))
+        return value.item(), gradient, seen
+
+    whole, gradient, together = loss()
+    assert objective.lighten()
+    pieces, same, apart = loss()
+    assert together == [sum(apart)]
+    assert set(apart) == {1}
+    assert pieces == pytest.approx(whole, rel=1e-5)
+    assert torch.allclose(same, gradient, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("part", SENTENCES)
 def test_sentences_are_fresh_at_every_step_and_never_those_to_avoid(part, session, short) -> None:
     objective = make(part, session, short)

@@ -151,6 +151,7 @@ class WebuiSession:
         self._placed = SimpleNamespace(name=PLACEHOLDER, vectors=0, vec=None, shorthash=None)
         self._batches: dict[tuple, list[dict[str, list[Any]]]] = {}
         self._image_conditionings: dict[tuple[int, ...], Tensor] = {}
+        self._told_sizes: dict[tuple[int, ...], Tensor] = {}
         self._recomputed: denoising.Recomputed | None = None
 
     def _info(self) -> ModelInfo:
@@ -369,12 +370,16 @@ class WebuiSession:
         hidden, concat = conditioning.hidden.to(devices.dtype_unet), [self._image_conditioning(x)]
         if conditioning.pooled is None:
             return {"c_crossattn": [hidden], "c_concat": concat}
-        vector = torch.cat([conditioning.pooled, self._sizes(x)], dim=1).to(devices.dtype_unet)
+        sizes = self._sizes(x).expand(len(x), -1)
+        vector = torch.cat([conditioning.pooled, sizes], dim=1).to(devices.dtype_unet)
         return {"crossattn": hidden, "vector": vector, "c_concat": concat}
 
     @torch.no_grad()
     def _sizes(self, x: Tensor) -> Tensor:
-        """`[B, S]`, what SDXL is told of the picture's size and of what was cut off, by the webui's own embedders."""
+        """`[1, S]`, what SDXL is told of the picture's size and of what was cut off, by the webui's own embedders."""
+        shape = tuple(x.shape[-2:])
+        if shape in self._told_sizes:
+            return self._told_sizes[shape]
         size = [side * self.info.latent_scale for side in x.shape[-2:]]
         told = {
             "original_size_as_tuple": size,
@@ -383,7 +388,8 @@ class WebuiSession:
         }
         embedders = [e for e in self.model.conditioner.embedders if e.input_key in told]
         rows = [e(torch.tensor([told[e.input_key]], device=x.device, dtype=devices.dtype)) for e in embedders]
-        return torch.cat(rows, dim=1).float().expand(len(x), -1)
+        self._told_sizes[shape] = torch.cat(rows, dim=1).float()
+        return self._told_sizes[shape]
 
     @torch.no_grad()
     def _image_conditioning(self, x: Tensor) -> Tensor:
