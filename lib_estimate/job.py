@@ -264,7 +264,7 @@ def _learn(
         run.best, run.stopped = fit.best, fit.stopped
         run.losses += fit.losses
         if fit.lightened:
-            yield Note("Memory was short, so the U-Net took one latent at a time: slower, with the same result.")
+            yield Note("Memory was short, so the U-Net kept less of it at once: slower, with the same result.")
         run.stages.append({**stage.record(), "steps_run": fit.steps_run, "stopped": fit.stopped})
         if cancel.wanted is not None:
             break

@@ -99,7 +99,9 @@ class WithUNet(Objective):
 
     def at_once(self, x: Tensor) -> int:
         """How many of the latents x `[M, c, h, w]` go through the U-Net together."""
-        return 1 if self.one_by_one else max(1, self.PIXELS_AT_ONCE // x[0, 0].numel())
+        together = 1 if self.one_by_one else max(1, self.PIXELS_AT_ONCE // x[0, 0].numel())
+        self.one_by_one = together == 1  # large ones already are, so that lighten has something left to do
+        return together
 
     def lighten(self) -> bool:
         """First one latent at a time, then activations are computed again in the backward pass."""

@@ -167,6 +167,19 @@ def test_one_latent_at_a_time_is_the_same_loss(part, session, short) -> None:
     assert torch.allclose(same, gradient, rtol=1e-3, atol=1e-6)
 
 
+def test_latents_too_large_to_go_together_are_lightened_by_computing_activations_again(
+    session, short, monkeypatch
+) -> None:
+    objective = make("unet", session, short)
+    monkeypatch.setattr(objective, "PIXELS_AT_ONCE", 1)
+    saved = []
+    monkeypatch.setattr(session, "save_memory", lambda: not saved.append(1))
+    drawn = objective.draw(torch.Generator().manual_seed(0), fixed=True)
+    next(objective.losses(session.token_vectors("a blue square"), drawn))
+    assert objective.lighten()
+    assert saved
+
+
 @pytest.mark.parametrize("part", SENTENCES)
 def test_sentences_are_fresh_at_every_step_and_never_those_to_avoid(part, session, short) -> None:
     objective = make(part, session, short)
