@@ -72,6 +72,7 @@ class Fit:
         self.losses: list[float] = []
         self.steps_run = 0
         self.stopped = "all steps done"
+        self._answers: list[tuple[list[Tensor], Tensor, list[Tensor]]] = []  # points, losses, gradients of a step
         self.lightened = False  # whether memory was short, so that it went on with less of it and slower
 
     def run(self) -> Iterator[StepReport]:
@@ -141,23 +142,46 @@ class Fit:
 
     def _optimizer_step(self, optimizer: torch.optim.Optimizer, closure: bool, vectors: Vectors, drawn: Any) -> Tensor:
         """One step; returns the loss before it, a scalar."""
+        if closure:
+            return optimizer.step(self._closure(optimizer, vectors, drawn)).detach()
+        loss = self._gradients(optimizer, vectors, drawn)
+        optimizer.step()
+        return loss
+
+    def _closure(self, optimizer: torch.optim.Optimizer, vectors: Vectors, drawn: Any) -> Callable[[], Tensor]:
+        """The loss and its gradient for an optimizer that asks for them several times in a step.
+
+        A step begins at the point of the line search that the one before chose, so its first answer is known already.
+        """
+        rows = list(vectors.values())
+        before, self._answers = self._answers, []
 
         def evaluate() -> Tensor:
-            loss = self._gradients(optimizer, vectors, drawn)
-            if self.loss_scale != 1:
-                for rows in vectors.values():
-                    rows.grad /= self.loss_scale
-            if self.request.clip_gradient:
-                torch.nn.utils.clip_grad_norm_(list(vectors.values()), self.request.clip_gradient)
-            return loss
+            known = (answer for answer in before if all(map(torch.equal, answer[0], rows)))
+            answer = None if self._answers else next(known, None)
+            if answer is None:
+                loss = self._gradients(optimizer, vectors, drawn)
+                answer = [row.detach().clone() for row in rows], loss, [row.grad for row in rows]
+            self._answers.append(answer)
+            for row, gradient in zip(rows, answer[2], strict=True):
+                row.grad = gradient
+            return answer[1]
 
-        loss = optimizer.step(evaluate) if closure else evaluate()
-        if not closure:
-            optimizer.step()
-        return loss.detach()
+        return evaluate
 
     def _gradients(self, optimizer: torch.optim.Optimizer, vectors: Vectors, drawn: Any) -> Tensor:
-        """The loss, and its gradient in the vectors. Where memory runs out, again with less of it at once."""
+        """The loss, a scalar, and its gradient in the vectors."""
+        loss = self._backward(optimizer, vectors, drawn)
+        rows = list(vectors.values())
+        if self.loss_scale != 1:
+            for row in rows:
+                row.grad /= self.loss_scale
+        if self.request.clip_gradient:
+            torch.nn.utils.clip_grad_norm_(rows, self.request.clip_gradient)
+        return loss
+
+    def _backward(self, optimizer: torch.optim.Optimizer, vectors: Vectors, drawn: Any) -> Tensor:
+        """The loss, and its scaled gradient. Where memory runs out, again with less of it at once."""
         while True:
             optimizer.zero_grad()
             loss = torch.zeros((), device=next(iter(vectors.values())).device)

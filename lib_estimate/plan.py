@@ -36,18 +36,18 @@ class Stage:
         return {key: value for key, value in asdict(self).items() if key != "share"} | {"part": self.part.value}
 
 
-LBFGS, LBFGS_EVALUATIONS = "LBFGS", 5  # of the loss in one of its steps
+LBFGS, LBFGS_EVALUATIONS = "LBFGS", 4  # of the loss in one of its steps
 
 DEFAULTS = {
     Part.TRANSFORMER: Stage(Part.TRANSFORMER, "Adam", "", "cosine", 300, share=0.08),
     # L-BFGS sees the same few latents, or queries, at every step: a smooth, deterministic problem, which is what it is
     # best at.
     Part.UNET: Stage(Part.UNET, LBFGS, "1", "constant", 48),
-    Part.CROSS_ATTENTION: Stage(Part.CROSS_ATTENTION, LBFGS, "1", "constant", 120),
+    Part.CROSS_ATTENTION: Stage(Part.CROSS_ATTENTION, LBFGS, "1", "constant", 80),
 }
 # Fresh sentences at every step are noise to L-BFGS.
 IN_SENTENCES = Stage(Part.CROSS_ATTENTION, "Adam", "", "cosine", 300, share=0.05)
-POLISH = Stage(Part.UNET, LBFGS, "1", "constant", 17)
+POLISH = Stage(Part.UNET, LBFGS, "1", "constant", 20)
 POLISH_IN_SENTENCES = Stage(Part.UNET, "Adam", "", "cosine", 80, share=0.05)
 
 

@@ -81,7 +81,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "ASGD": OptimizerEntry(_torch(torch.optim.ASGD, lambd=1e-4, alpha=0.75), 0.05),
     # Four inner iterations keep a step short enough to interrupt; the curvature it has learnt lives on between steps.
     "LBFGS": OptimizerEntry(
-        _torch(torch.optim.LBFGS, max_iter=4, history_size=20, line_search_fn="strong_wolfe"), 1.0, closure=True
+        _torch(torch.optim.LBFGS, max_iter=4, history_size=100, line_search_fn="strong_wolfe"), 1.0, closure=True
     ),
     "Lion": OptimizerEntry(_lion, 0.002, package="lion-pytorch"),
     "Prodigy": OptimizerEntry(_prodigy, 1.0, package="prodigyopt"),

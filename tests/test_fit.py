@@ -10,7 +10,7 @@ from lib_estimate.errors import EstimateError
 from lib_estimate.fit import Cancel, Fit, rates
 from lib_estimate.objectives import Objective
 from lib_estimate.plan import Stage
-from lib_estimate.registry import available_optimizers, default_learning_rate
+from lib_estimate.registry import available_optimizers, default_learning_rate, make_optimizer
 from lib_estimate.request import EstimateRequest, Part
 
 GOAL = torch.linspace(-0.4, 0.4, 24).view(3, 8)
@@ -128,6 +128,36 @@ def test_a_seed_repeats_a_run() -> None:
 
     assert losses(3) == losses(3)
     assert losses(3) != losses(4)
+
+
+def test_lbfgs_asks_for_no_loss_twice_and_goes_the_same_way() -> None:
+    class Valley(Bowl):
+        """Steep one way and flat the other, so that every step searches along its line."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.points: list[torch.Tensor] = []
+
+        def losses(self, vectors, entries):
+            self.points.append(vectors["clip_l"].detach().clone())
+            off = (vectors["clip_l"] - GOAL) * torch.logspace(-1, 1, GOAL.numel()).view_as(GOAL)
+            yield (off.square() + off**4).sum()
+
+    stage = replace(STAGE, optimizer="LBFGS", learning_rate="1", schedule="constant", steps=5)
+    ours, theirs, vectors = Valley(), Valley(), torch.zeros_like(GOAL).requires_grad_(True)
+    *_, last = make(stage, replace(BASE, warmup=0), ours).run()
+    optimizer = make_optimizer("LBFGS", [vectors], 1.0)
+
+    def evaluate() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = theirs.loss({"clip_l": vectors}, None)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(evaluate).item() for _ in range(stage.steps)]
+    assert last.loss == pytest.approx(losses[-1])
+    assert len(theirs.points) - len(ours.points) == stage.steps - 1
+    assert len({tuple(point.flatten().tolist()) for point in ours.points}) == len(ours.points)
 
 
 def test_ema_smooths_a_noisy_run() -> None:

@@ -36,7 +36,8 @@ def test_a_named_part_is_the_only_one(part) -> None:
 def test_what_the_user_sets_goes_for_the_main_stage() -> None:
     request = replace(BASE, use=Use.WHOLE, optimizer="AdamW", learning_rate="0.1", schedule="linear")
     first, polish = plan.stages(request, composed=False, steady=True)
-    assert first == plan.Stage(Part.CROSS_ATTENTION, "AdamW", "0.1", "linear", 600)
+    evaluations = plan.DEFAULTS[Part.CROSS_ATTENTION].steps * plan.LBFGS_EVALUATIONS
+    assert first == plan.Stage(Part.CROSS_ATTENTION, "AdamW", "0.1", "linear", evaluations)
     assert polish == plan.POLISH
 
 
@@ -56,7 +57,7 @@ def test_another_optimizer_gets_its_own_rate() -> None:
     first, _ = plan.stages(replace(BASE, optimizer="LBFGS"), composed=False, steady=True)
     assert first.learning_rate == ""
     assert not first.share
-    assert first.steps == plan.IN_SENTENCES.steps // 5
+    assert first.steps == plan.IN_SENTENCES.steps // plan.LBFGS_EVALUATIONS
 
 
 def test_learning_rates_follow_the_size_of_the_vectors() -> None:
