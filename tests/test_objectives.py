@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_estimate.errors import RequestError
 from lib_estimate.hosts import denoising
@@ -178,6 +179,32 @@ def test_latents_too_large_to_go_together_are_lightened_by_computing_activations
     next(objective.losses(session.token_vectors("a blue square"), drawn))
     assert objective.lighten()
     assert saved
+
+
+class ReadBack(TorchDispatchMode):
+    """Counts values that Python takes out of tensors: on a GPU it would wait there for all work given out so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_loss_and_its_gradient_read_nothing_back(part, session, short) -> None:
+    objective = make(part, session, short)
+    vectors = {key: rows.clone().requires_grad_(True) for key, rows in session.token_vectors("a blue square").items()}
+    drawn = objective.draw(torch.Generator().manual_seed(0), fixed=False)
+    with ReadBack() as reads:
+        loss = objective.loss(vectors, drawn)
+        loss.backward()
+    assert reads.count == 0
+    with reads:
+        loss.item()
+    assert reads.count == 1
 
 
 @pytest.mark.parametrize("part", SENTENCES)
