@@ -249,8 +249,9 @@ def _learn(
 ) -> Iterator[Note | StepReport]:
     """Runs the planned stages one after the other, each from the best vectors of the one before."""
     target = materials[0].target
-    planned = plan.stages(request, composed=target.composed(), steady=target.single() is not None)
-    if request.use is Use.ANYWHERE and request.part in (Part.AUTO, Part.CROSS_ATTENTION) and target.single() is None:
+    steady = target.single() is not None
+    planned = plan.stages(request, composed=target.composed(), steady=steady)
+    if not steady and plan.in_sentences(request, steady=True):
         yield Note("The prompt changes from step to step or has AND, so the embedding is made to be the whole prompt.")
     run = Run(start, [], [], "")
     for stage in planned:
@@ -268,15 +269,9 @@ def _learn(
         run.stages.append({**stage.record(), "steps_run": fit.steps_run, "stopped": fit.stopped})
         if cancel.wanted is not None:
             break
-    if _anywhere(request, target):
+    if plan.in_sentences(request, steady=steady):
         run.best = {key: torch.lerp(start[key], rows, SHARE_OF_THE_WAY) for key, rows in run.best.items()}
     return run
-
-
-def _anywhere(request: EstimateRequest, target: Target) -> bool:
-    """Whether the vectors are learnt in random sentences."""
-    steady = target.single() is not None
-    return request.use is Use.ANYWHERE and steady and request.part in (Part.AUTO, Part.CROSS_ATTENTION)
 
 
 def _objective(
@@ -284,7 +279,7 @@ def _objective(
 ) -> tuple[Objective, Callable[[Vectors], float]]:
     """What a stage minimises, and the error it is judged by."""
     distance = LOSSES[request.loss]
-    if _anywhere(request, materials[0].target):
+    if plan.in_sentences(request, steady=materials[0].target.single() is not None):
         return _in_sentences(request, session, materials[0], stage.part)
 
     def objective(m: Material) -> Objective:

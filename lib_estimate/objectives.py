@@ -94,19 +94,14 @@ class WithUNet(Objective):
 
     PIXELS_AT_ONCE = 2**14  # of latents: beyond that a larger batch takes memory and saves no time
 
-    def __init__(self, session: Session) -> None:
-        self.session, self.one_by_one = session, False
-
-    def at_once(self, x: Tensor) -> int:
-        """How many of the latents x `[M, c, h, w]` go through the U-Net together."""
-        together = 1 if self.one_by_one else max(1, self.PIXELS_AT_ONCE // x[0, 0].numel())
-        self.one_by_one = together == 1  # large ones already are, so that lighten has something left to do
-        return together
+    def __init__(self, session: Session, bank: Bank) -> None:
+        self.session, self.bank = session, bank
+        self.at_once = max(1, self.PIXELS_AT_ONCE // bank.x[0, 0].numel())  # latents that go through the U-Net together
 
     def lighten(self) -> bool:
         """First one latent at a time, then activations are computed again in the backward pass."""
-        if not self.one_by_one:
-            self.one_by_one = True
+        if self.at_once > 1:
+            self.at_once = 1
             return True
         return self.session.save_memory()
 
@@ -123,8 +118,8 @@ class Denoising(WithUNet):
     def __init__(
         self, session: Session, target: Target, bank: Bank, checks: Bank, distance: Distance, batch: int
     ) -> None:
-        super().__init__(session)
-        self.target, self.bank, self.distance = target, bank, distance
+        super().__init__(session, bank)
+        self.target, self.distance = target, distance
         self.batch = min(batch, len(bank))
         self.scale = 1 / distance(checks.empty, checks.target).mean().clamp_min(TINY)
 
@@ -136,7 +131,7 @@ class Denoising(WithUNet):
 
     def losses(self, vectors: Vectors, drawn: Tensor) -> Iterator[Tensor]:
         bank = self.bank
-        for at in drawn.split(self.at_once(bank.x)):
+        for at in drawn.split(self.at_once):
             conditioning = self.target.embed(self.session, vectors)
             eps = self.session.predict_noise(bank.x[at], bank.timestep[at], conditioning)
             yield self.distance(eps, bank.target[at]).sum() * (self.scale / len(drawn))
@@ -288,8 +283,8 @@ class DenoisingInSentences(WithUNet):
         self, session: Session, target: Target, bank: Bank, checks: Bank, distance: Distance, text: str,
         avoid: Sequence[str],
     ) -> None:  # fmt: skip
-        super().__init__(session)
-        self.bank, self.distance, self.text, self.avoid = bank, distance, text, set(avoid)
+        super().__init__(session, bank)
+        self.distance, self.text, self.avoid = distance, text, set(avoid)
         self.floor = self.FLOOR * distance(checks.empty, checks.target).mean().clamp_min(TINY)
 
     def draw(self, generator: torch.Generator, fixed: bool) -> list:
@@ -313,9 +308,9 @@ class DenoisingInSentences(WithUNet):
 
     def losses(self, vectors: Vectors, drawn: list) -> Iterator[Tensor]:
         frames, x, timestep, wanted, scales = drawn
-        shares, count = scales.repeat_interleave(self.LATENTS) / len(x), self.at_once(x)
-        for first in range(0, len(x), count):
-            at = slice(first, first + count)
+        shares = scales.repeat_interleave(self.LATENTS) / len(x)
+        for first in range(0, len(x), self.at_once):
+            at = slice(first, first + self.at_once)
             # All sentences, as shorter ones are filled up to the longest.
             given = self.session.encode(frames, vectors).repeat_each(self.LATENTS).rows(at)
             eps = self.session.predict_noise(x[at], timestep[at], given)

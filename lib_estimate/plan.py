@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from lib_estimate.embedding_file import Vectors
+from lib_estimate.registry import LBFGS_EVALUATIONS
 from lib_estimate.request import AUTO, EstimateRequest, Part, Use
 
 
@@ -36,7 +37,7 @@ class Stage:
         return {key: value for key, value in asdict(self).items() if key != "share"} | {"part": self.part.value}
 
 
-LBFGS, LBFGS_EVALUATIONS = "LBFGS", 4  # of the loss in one of its steps
+LBFGS = "LBFGS"
 
 DEFAULTS = {
     Part.TRANSFORMER: Stage(Part.TRANSFORMER, "Adam", "", "cosine", 300, share=0.08),
@@ -86,11 +87,17 @@ def _limited(stages: list[Stage], steps: int) -> list[Stage]:
     return [replace(main, steps=steps - sum(stage.steps for stage in rest)), *rest]
 
 
+def in_sentences(request: EstimateRequest, *, steady: bool) -> bool:
+    """Whether the vectors are learnt in random sentences; only a prompt that is the same at every step can be."""
+    return steady and request.use is Use.ANYWHERE and request.part in (Part.AUTO, Part.CROSS_ATTENTION)
+
+
 def _planned(request: EstimateRequest, composed: bool, steady: bool) -> list[Stage]:
-    in_sentences = request.use is Use.ANYWHERE and steady and not composed
     if request.part is Part.CROSS_ATTENTION or (request.part is Part.AUTO and not composed):
         first, polish = (
-            (IN_SENTENCES, POLISH_IN_SENTENCES) if in_sentences else (DEFAULTS[Part.CROSS_ATTENTION], POLISH)
+            (IN_SENTENCES, POLISH_IN_SENTENCES)
+            if in_sentences(request, steady=steady and not composed)
+            else (DEFAULTS[Part.CROSS_ATTENTION], POLISH)
         )
         return [first, polish] if request.part is Part.AUTO else [first]
     return [DEFAULTS[Part.UNET if request.part is Part.AUTO else request.part]]

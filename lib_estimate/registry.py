@@ -64,6 +64,8 @@ def _prodigy(parameters: list[Tensor], rate: float) -> Optimizer:
     )
 
 
+LBFGS_EVALUATIONS = 4  # of the loss in one step of L-BFGS: one in each of its inner iterations
+
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     "Adam": OptimizerEntry(_torch(torch.optim.Adam, betas=BETAS), 0.005),
     # A loss hardly feels some directions, and noise lets the vectors drift there. This decay takes about 4% of their
@@ -79,9 +81,11 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     # The rate is only the first step length; 0.03 is as large as a token vector's numbers, more is too far.
     "Rprop": OptimizerEntry(_torch(torch.optim.Rprop, etas=(0.5, 1.2), step_sizes=(1e-7, 0.03)), 0.002),
     "ASGD": OptimizerEntry(_torch(torch.optim.ASGD, lambd=1e-4, alpha=0.75), 0.05),
-    # Four inner iterations keep a step short enough to interrupt; the curvature it has learnt lives on between steps.
+    # So few keep a step short enough to interrupt; the curvature it has learnt lives on between steps.
     "LBFGS": OptimizerEntry(
-        _torch(torch.optim.LBFGS, max_iter=4, history_size=100, line_search_fn="strong_wolfe"), 1.0, closure=True
+        _torch(torch.optim.LBFGS, max_iter=LBFGS_EVALUATIONS, history_size=100, line_search_fn="strong_wolfe"),
+        1.0,
+        closure=True,
     ),
     "Lion": OptimizerEntry(_lion, 0.002, package="lion-pytorch"),
     "Prodigy": OptimizerEntry(_prodigy, 1.0, package="prodigyopt"),

@@ -150,8 +150,8 @@ def measure(family: str) -> None:
 
             print(f"  {name}: {kept(session, first) / GIB:.2f}")
             if isinstance(objective, Denoising):
-                print(f"  {name} takes {objective.at_once(objective.bank.x)} at once")
-                objective.one_by_one = True
+                print(f"  {name} takes {objective.at_once} at once")
+                objective.at_once = 1
                 print(f"  {name}, one latent at a time: {kept(session, first) / GIB:.2f}")
                 print(f"  {name}, activations computed again: {recomputed(session, first) / GIB:.2f}")
 
