@@ -1,5 +1,5 @@
 import sys
 
-from lib_estimate.cli import main
+from lib_estimate.interfaces.cli import main
 
 sys.exit(main())

@@ -2,12 +2,12 @@
 
 from modules import script_callbacks
 
-from lib_estimate import ui
 from lib_estimate.hosts import webui_shell
+from lib_estimate.interfaces.tab import build
 
 
 def tab() -> list:
-    return [(ui.build(webui_shell.WebuiShell()), "Embedding Estimate", "embedding_estimate")]
+    return [(build(webui_shell.WebuiShell()), "Embedding Estimate", "embedding_estimate")]
 
 
 script_callbacks.on_ui_settings(webui_shell.add_settings)

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from lib_estimate import job
-from lib_estimate.fit import Cancel
 from lib_estimate.hosts.standalone import StandaloneHost, StandaloneSession
-from lib_estimate.job import Material
-from lib_estimate.queries import Recorder
+from lib_estimate.progress import Cancel
 from lib_estimate.request import HOLE, EstimateRequest, ModelOptions, Part, Use
-from lib_estimate.target import TRAIN, build_bank, build_target, latent_noise
+from lib_estimate.target.bank import TRAIN, build_bank, latent_noise
+from lib_estimate.target.queries import Recorder
+from lib_estimate.target.recording import Material
+from lib_estimate.target.target import build_target
 
 SHAPES_SD = Path(__file__).parent / "shapes_sd" / "shapes_sd.safetensors"
 VOCABULARY = Path(__file__).parent / "shapes_sd" / "tokenizer"

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from lib_estimate import cli
+from lib_estimate.interfaces import cli
 from lib_estimate.request import EstimateRequest, ModelOptions
 
 ROOT = Path(__file__).parents[1]

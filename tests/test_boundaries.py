@@ -8,20 +8,33 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lib_estimate"
+# Folders, and files beside them, in the order in which a prompt passes through; inside of a folder likewise.
 ORDER = (
-    "errors", "choices", "request", "prompt_syntax", "embedding_file",
-    "hosts.base", "hosts.denoising", "hosts.layouts", "hosts.text_encoder", "hosts.checkpoint", "hosts.standalone",
-    "hosts.webui", "hosts.webui_shell", "hosts",
-    "sentences", "registry", "target", "queries", "initial", "objectives", "plan", "fit", "fidelity", "job",
-    "plots", "view", "ui", "standalone_tab", "cli", "__main__",
+    "errors", "choices", "request", "progress",
+    "prompt", "prompt.attention", "prompt.schedule", "prompt.chunks",
+    "files", "files.embedding", "files.names", "files.reading", "files.writing",
+    "hosts", "hosts.base", "hosts.denoising", "hosts.layouts", "hosts.text_encoder", "hosts.checkpoint",
+    "hosts.standalone", "hosts.webui", "hosts.webui_shell",
+    "target", "target.target", "target.bank", "target.error", "target.queries", "target.sentences", "target.recording",
+    "report", "report.fidelity", "report.plots",
+    "learn", "learn.initial", "learn.registry", "learn.plan", "learn.objectives", "learn.objectives.base",
+    "learn.objectives.hidden_state", "learn.objectives.cross_attention", "learn.objectives.denoising", "learn.fit",
+    "learn.learning", "learn.count",
+    "job",
+    "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab",
+    "interfaces.cli",
+    "__main__",
 )  # fmt: skip
-WITHOUT_TORCH = ("errors", "choices", "request", "prompt_syntax")
+FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")
+WITHOUT_TORCH = ("errors", "choices", "request", "progress", "prompt.attention", "prompt.schedule", "prompt.chunks")
 ONLY_IN = {
     "modules": ("hosts.webui", "hosts.webui_shell"),
+    "backend": (),
     "diffusers": ("hosts.checkpoint", "hosts.standalone"),
-    "gradio": ("hosts.webui_shell", "ui", "standalone_tab"),
-    "matplotlib": ("plots",),
+    "gradio": ("hosts.webui_shell", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab"),
+    "matplotlib": ("report.plots",),
 }
+LONGEST = 460  # lines: a file beyond that does more than one job
 
 
 def files() -> dict[str, Path]:
@@ -62,6 +75,25 @@ def test_a_file_imports_only_what_stands_above_it(name: str) -> None:
     assert own_imports(files()[name]) <= above
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in ORDER if name.split(".")[0] in FOLDERS and files()[name].stem == "__init__"]
+)
+def test_a_folder_says_what_it_is_for_and_hands_on_nothing(name: str) -> None:
+    body = ast.parse(files()[name].read_text(encoding="utf-8")).body
+    assert len(body) == 1
+    assert ast.get_docstring(ast.Module(body, []))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_no_file_does_several_jobs(name: str) -> None:
+    assert len(files()[name].read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def test_the_tests_stand_in_the_same_folders() -> None:
+    tests = Path(__file__).parent
+    assert {path.parent.name for path in tests.glob("*/__init__.py")} >= set(FOLDERS) - {"report"}
+
+
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_some_files_need_no_torch(name: str) -> None:
     assert not {i for i in imports(files()[name]) if i.split(".")[0] == "torch"}
@@ -79,7 +111,7 @@ OF_A_MODEL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in ORDER if name not in ("plots", "ui")])  # pixels
+@pytest.mark.parametrize("name", [name for name in ORDER if name not in ("report.plots", "interfaces.tab")])  # pixels
 def test_what_a_model_can_say_is_not_in_the_code(name: str) -> None:
     numbers = [
         node.value

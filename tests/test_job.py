@@ -7,12 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from lib_estimate import embedding_file, job
+from lib_estimate import job
 from lib_estimate.errors import EstimateError, RequestError
-from lib_estimate.fidelity import recovered_share
-from lib_estimate.fit import Cancel, StepReport
+from lib_estimate.files import reading
+from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts.standalone import StandaloneSession
+from lib_estimate.learn import count
+from lib_estimate.progress import Cancel, Interrupted, Note, StepReport
 from lib_estimate.request import Part, Target
+from lib_estimate.target.error import recovered_share
 from tests.conftest import all_parameters, run
 
 
@@ -55,7 +58,7 @@ def test_every_kind_of_prompt_can_be_learnt(change, host, short) -> None:
 
 def test_the_saved_file_holds_the_best_vectors_and_how_they_came(host, short) -> None:
     outcome = run(short, host)
-    read = embedding_file.load(outcome.path)
+    read = reading.load(outcome.path)
     assert torch.equal(read.vectors["clip_l"], outcome.embedding.vectors["clip_l"].cpu())
     assert read.metadata["prompt"] == short.prompt
     assert read.metadata["settings"] == short.record()
@@ -66,7 +69,7 @@ def test_the_saved_file_holds_the_best_vectors_and_how_they_came(host, short) ->
 
 def test_measuring_the_file_gives_the_figures_of_the_run(host, short) -> None:
     outcome = run(short, host)
-    *_, fidelity = job.measured(embedding_file.load(outcome.path), short, host)
+    *_, fidelity = job.measured(reading.load(outcome.path), short, host)
     assert fidelity.error == pytest.approx(outcome.fidelity.error, rel=1e-3)
 
 
@@ -94,7 +97,7 @@ def test_the_model_is_given_back_after_an_error(host, short, monkeypatch) -> Non
     def breaks(*_):
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(job, "initial_vectors", breaks)
+    monkeypatch.setattr(count, "initial_vectors", breaks)
     with pytest.raises(RuntimeError):
         run(short, host)
     assert [p.requires_grad for p in host.parts.unet.parameters()] == flags
@@ -116,7 +119,7 @@ def test_a_discarded_run_saves_nothing(host, short, tmp_path) -> None:
     run = job.estimate(short, host, cancel)
     next(progress for progress in run if isinstance(progress, StepReport))
     cancel.discard()
-    with pytest.raises(job.Interrupted, match="Nothing was saved"):
+    with pytest.raises(Interrupted, match="Nothing was saved"):
         list(run)
     assert files(tmp_path) == []
 
@@ -145,7 +148,7 @@ def test_overwriting_replaces_that_file_and_no_other(host, short, tmp_path) -> N
     (tmp_path / "shorter.pt").write_bytes(b"other")
     run(dataclasses.replace(short, overwrite=True), host)
     assert (tmp_path / "shorter.pt").read_bytes() == b"other"
-    assert embedding_file.load(tmp_path / "short.pt").metadata["prompt"] == short.prompt
+    assert reading.load(tmp_path / "short.pt").metadata["prompt"] == short.prompt
 
 
 @pytest.mark.parametrize("prompt", ["()", "( , )x"[:2]])
@@ -162,11 +165,11 @@ def test_a_size_that_latents_cannot_have_is_refused(host, short, tmp_path) -> No
 
 def test_a_common_word_as_name_is_warned_about(host, short) -> None:
     progress = job.estimate(dataclasses.replace(short, name="cat", steps=1), host)
-    assert any(isinstance(p, job.Note) and '"cat"' in p.text for p in progress)
+    assert any(isinstance(p, Note) and '"cat"' in p.text for p in progress)
 
 
 def test_the_vectors_of_another_model_are_refused(host, short) -> None:
-    other = embedding_file.Embedding("other", {"clip_l": torch.zeros(2, 5)}, {})
+    other = Embedding("other", {"clip_l": torch.zeros(2, 5)}, {})
     with pytest.raises(EstimateError, match="width 5"):
         list(job.measured(other, short, host))
 
@@ -198,7 +201,7 @@ def test_where_memory_is_short_the_unet_takes_less_at_once(host, short, monkeypa
     *progress, tight = job.estimate(dataclasses.replace(request, overwrite=True), host)
     assert seen[:2] == [(8, False), (1, False)]
     assert set(seen[2:]) == {(1, True)}
-    assert any(isinstance(p, job.Note) and "Memory was short" in p.text for p in progress)
+    assert any(isinstance(p, Note) and "Memory was short" in p.text for p in progress)
     assert tight.record["losses"] == pytest.approx(roomy.record["losses"], rel=1e-3)
     assert not any("forward" in vars(module) for module in host.parts.unet.modules())
 

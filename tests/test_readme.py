@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lib_estimate import cli
+from lib_estimate.interfaces import cli
 from lib_estimate.request import EstimateRequest, ModelOptions
 from tests import readme
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lib_estimate.embedding_file import Vectors
+from lib_estimate.files.embedding import Vectors
 
 PLACEHOLDER = "embeddingestimateplaceholder"  # the word the learnt vectors stand for
 # CLIP's vocabulary begins with the single bytes, inside of words and at their end: brackets and the like, which would

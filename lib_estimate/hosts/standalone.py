@@ -16,10 +16,9 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from lib_estimate import embedding_file
-from lib_estimate import prompt_syntax as syntax
-from lib_estimate.embedding_file import Vectors
 from lib_estimate.errors import EstimateError, ModelError
+from lib_estimate.files import reading
+from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts import checkpoint, denoising
 from lib_estimate.hosts.base import (
     FIRST_WORD_ID,
@@ -35,6 +34,7 @@ from lib_estimate.hosts.base import (
     foreign_embedding,
 )
 from lib_estimate.hosts.text_encoder import TextEncoder
+from lib_estimate.prompt import attention, chunks, schedule
 from lib_estimate.request import ModelOptions
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ChunkBatch(NamedTuple):
 
     ids: Tensor
     weights: Tensor
-    placed: list[tuple[syntax.Placed, ...]]
+    placed: list[tuple[chunks.Placed, ...]]
 
 
 class StandaloneSession:
@@ -88,7 +88,7 @@ class StandaloneSession:
         self.options, self.parts, self.device = host.options, parts, host.device
         self.dtype = parts.unet.dtype
         ids = parts.tokenizer
-        self.vocabulary = syntax.Vocabulary(
+        self.vocabulary = chunks.Vocabulary(
             encode=self.token_ids,
             start=ids.bos_token_id,
             end=ids.eos_token_id,
@@ -107,7 +107,7 @@ class StandaloneSession:
             device=host.device,
             dtype=self.dtype,
         )
-        self._names, self._foreign = syntax.EmbeddingNames(self.token_ids), syntax.EmbeddingNames(self.token_ids)
+        self._names, self._foreign = chunks.EmbeddingNames(self.token_ids), chunks.EmbeddingNames(self.token_ids)
         self._stored = _stored_embeddings(host.embeddings)
         for name, rows in self._stored.items():
             fits = [r.shape[1] for r in rows.values()] == list(self.info.widths.values())
@@ -135,12 +135,12 @@ class StandaloneSession:
 
     def read(self, prompt: str, steps: int, *, negative: bool = False) -> list[PromptPart]:
         if negative:  # a webui composes only the prompt, and takes extra network tags only out of it
-            return [PromptPart(1.0, tuple(syntax.prompt_schedule(prompt, steps)))]
-        text, _ = syntax.extra_network_tags(prompt)
-        return [PromptPart(w, tuple(syntax.prompt_schedule(part, steps))) for part, w in syntax.split_and(text)]
+            return [PromptPart(1.0, tuple(schedule.prompt_schedule(prompt, steps)))]
+        text, _ = schedule.extra_network_tags(prompt)
+        return [PromptPart(w, tuple(schedule.prompt_schedule(part, steps))) for part, w in schedule.split_and(text)]
 
     def notes(self, prompt: str) -> list[str]:
-        tags = syntax.extra_network_tags(prompt)[1]
+        tags = schedule.extra_network_tags(prompt)[1]
         notes = [f"{tag} has no effect: extra networks such as LoRA need a webui." for tag in tags]
         ids = self.token_ids(prompt)
         found = [self._foreign.find(ids, position) for position in range(len(ids))]
@@ -220,7 +220,7 @@ class StandaloneSession:
             self._batches[key] = [self._batch(column) for column in columns]
         return self._batches[key]
 
-    def _batch(self, column: list[syntax.Chunk]) -> ChunkBatch:
+    def _batch(self, column: list[chunks.Chunk]) -> ChunkBatch:
         ids = torch.tensor([chunk.tokens for chunk in column], device=self.device)
         return ChunkBatch(
             ids, torch.tensor([c.weights for c in column], device=self.device), [c.placed for c in column]
@@ -252,18 +252,20 @@ class StandaloneSession:
     def _emphasised(self, z: Tensor, weights: Tensor, together: bool) -> Tensor:
         mode = self.options.emphasis.value
         if together:
-            return syntax.apply_emphasis(z, weights, mode)
-        return torch.cat([syntax.apply_emphasis(a, w, mode) for a, w in zip(z.split(1), weights.split(1), strict=True)])
+            return attention.apply_emphasis(z, weights, mode)
+        return torch.cat(
+            [attention.apply_emphasis(a, w, mode) for a, w in zip(z.split(1), weights.split(1), strict=True)]
+        )
 
     def _embedding(self, name: str) -> Vectors:
         """A stored embedding under the model's own keys."""
         return dict(zip(self.info.widths, self._stored[name].values(), strict=True))
 
-    def _chunks(self, text: str) -> list[syntax.Chunk]:
+    def _chunks(self, text: str) -> list[chunks.Chunk]:
         emphasis = self.options.emphasis.value != "None"
-        return syntax.chunks(text, self.vocabulary, self._names.find, emphasis=emphasis)[0]
+        return chunks.chunks(text, self.vocabulary, self._names.find, emphasis=emphasis)[0]
 
-    def _chunk_tokens(self, chunk: syntax.Chunk) -> list[Token]:
+    def _chunk_tokens(self, chunk: chunks.Chunk) -> list[Token]:
         here = {placed.offset: placed for placed in chunk.placed}
         tokens, position, end = [], 1, self._text_end(chunk)
         while position < end:
@@ -274,7 +276,7 @@ class StandaloneSession:
             position += count
         return tokens
 
-    def _text_end(self, chunk: syntax.Chunk) -> int:
+    def _text_end(self, chunk: chunks.Chunk) -> int:
         """Index of the end token that closes the chunk's text."""
         covered = max((p.offset + p.vectors for p in chunk.placed), default=1)
         end = self.vocabulary.end
@@ -372,7 +374,7 @@ def _stored_embeddings(folder: Path | None) -> dict[str, Vectors]:
         if path.suffix.lower() not in (".pt", ".bin", ".safetensors") or not path.is_file():
             continue
         try:
-            found.setdefault(path.stem, embedding_file.load(path).vectors)
+            found.setdefault(path.stem, reading.load(path).vectors)
         except EstimateError as error:
             log.warning("Skipped an embedding: %s", error)
     return found

@@ -20,8 +20,8 @@ import torch
 from modules import call_queue, devices, extra_networks, processing, prompt_parser, sd_hijack, sd_unet, shared
 from torch import Tensor, nn
 
-from lib_estimate.embedding_file import Vectors
 from lib_estimate.errors import ModelError, PromptSyntaxError
+from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts import denoising
 from lib_estimate.hosts.base import (
     FIRST_WORD_ID,

@@ -54,7 +54,7 @@ def _setting(key: str) -> Any:
 
 
 class WebuiShell:
-    """See `ui.Shell`."""
+    """See `interfaces.tab.Shell`."""
 
     live = False
 

@@ -12,15 +12,20 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lib_estimate import job, plan
-from lib_estimate.embedding_file import Vectors
-from lib_estimate.fidelity import OFFSET, SEEDS, denoising_error, recovered_share
-from lib_estimate.fit import Cancel
+from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts.base import Conditioning, StepConditioning, Trajectory
 from lib_estimate.hosts.standalone import StandaloneSession
-from lib_estimate.initial import initial_vectors
+from lib_estimate.learn import learning
+from lib_estimate.learn.count import starting_vectors
+from lib_estimate.learn.initial import initial_vectors
+from lib_estimate.learn.learning import learn
+from lib_estimate.progress import Cancel
+from lib_estimate.report.fidelity import OFFSET, SEEDS
 from lib_estimate.request import EstimateRequest, Part, Use
-from lib_estimate.target import HELD_OUT, PICTURES, build_bank, build_target, latent_noise
+from lib_estimate.target.bank import HELD_OUT, PICTURES, build_bank, latent_noise
+from lib_estimate.target.error import denoising_error, recovered_share
+from lib_estimate.target.recording import materials_of, recording
+from lib_estimate.target.target import build_target
 from tests.bench import old_way
 from tests.bench.measure import Clock, Count, Course, counting, drained, peak_memory_mb, trajectories
 
@@ -99,17 +104,17 @@ def _learn(session: StandaloneSession, request: EstimateRequest, budget: float) 
     clock, cancel = Clock(session.info.device), Cancel()
     with counting(session) as count:
         course = Course(clock, count)
-        with mock.patch.object(job, "Fit", course.fit()):
+        with mock.patch.object(learning, "Fit", course.fit()):
             target = build_target(request, session)
-            materials = drained(job._materials(request, session, target, cancel))
+            materials = drained(materials_of(request, session, target, cancel))
             bank_forwards = count.forwards
-            start, _ = drained(job._start(request, session, materials, cancel))
+            start, _ = drained(starting_vectors(request, session, materials, cancel))
 
             def stop_in_time(_: Any) -> None:
                 if clock() > budget:
                     cancel.save()
 
-            run = drained(job._learn(request, session, materials, start, cancel), stop_in_time)
+            run = drained(learn(request, session, materials, start, cancel), stop_in_time)
         course.note(run.best)
     return Learnt(course, run.best, clock(), len(run.losses), bank_forwards, count)
 
@@ -117,7 +122,7 @@ def _learn(session: StandaloneSession, request: EstimateRequest, budget: float) 
 def _learn_old_way(session: StandaloneSession, request: EstimateRequest, budget: float) -> Learnt:
     """The old way for as long as the budget lasts. The positions to start its steps from are given to it for free."""
     target = build_target(request, session)
-    seeds = plan.recording(replace(request, part=Part.UNET)).count
+    seeds = recording(replace(request, part=Part.UNET)).count
     bank = trajectories(session, request, target, seeds, references=False)
     steps = 0
     clock = Clock(session.info.device)

@@ -15,17 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_estimate import job, plan
-from lib_estimate.embedding_file import Vectors
-from lib_estimate.fit import Cancel
+from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts.base import Conditioning
 from lib_estimate.hosts.standalone import StandaloneSession
-from lib_estimate.initial import initial_vectors
-from lib_estimate.objectives import CrossAttention, Denoising, Objective
-from lib_estimate.queries import Queries, Recorder
-from lib_estimate.registry import LOSSES
+from lib_estimate.learn import plan
+from lib_estimate.learn.initial import initial_vectors
+from lib_estimate.learn.learning import validator
+from lib_estimate.learn.objectives.base import Objective
+from lib_estimate.learn.objectives.cross_attention import CrossAttention
+from lib_estimate.learn.objectives.denoising import Denoising
+from lib_estimate.learn.registry import LOSSES
+from lib_estimate.progress import Cancel
 from lib_estimate.request import EstimateRequest, Part, Use
-from lib_estimate.target import Bank, Target, build_target
+from lib_estimate.target import recording
+from lib_estimate.target.bank import Bank
+from lib_estimate.target.queries import Queries, Recorder
+from lib_estimate.target.recording import Material, materials_of
+from lib_estimate.target.target import Target, build_target
 from tests.bench.measure import (
     ASIDE,
     CHECKS,
@@ -124,7 +130,7 @@ def bank_forwards(session: StandaloneSession, seed: int) -> int:
         return torch.zeros_like(x)
 
     with replaced(session, "predict_noise", counted):
-        drained(job._materials(request, session, build_target(request, session), Cancel()))
+        drained(materials_of(request, session, build_target(request, session), Cancel()))
     return sum(samples)
 
 
@@ -177,12 +183,12 @@ def _validation(ground: Ground, part: Part) -> Callable[[Vectors], float]:
     """The validation of a stage, over as many latents as by default; or a number at no cost."""
     if not ground.size.checks:
         return lambda _: 1.0
-    count = plan.CHECKS.count * plan.CHECKS.steps
+    count = recording.CHECKS.count * recording.CHECKS.steps
     b, q = ground.bank, ground.queries
     checks = Bank(*(rows[:count] for rows in (b.x, b.timestep, b.step, b.target, b.empty)), None)
     queries = Queries([hidden[:count] for hidden in q.hidden], q.step[:count], q.asked, q.kept)
-    material = job.Material(ground.target, b, checks, q, queries)
-    return job.validator(ground.session, [material], part)
+    material = Material(ground.target, b, checks, q, queries)
+    return validator(ground.session, [material], part)
 
 
 def _figures(split: Split, steps: int, checked: bool) -> dict[str, Any]:

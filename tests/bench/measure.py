@@ -14,14 +14,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lib_estimate.embedding_file import Vectors
-from lib_estimate.fit import Fit
+from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts import denoising
 from lib_estimate.hosts.base import Conditioning
 from lib_estimate.hosts.standalone import StandaloneSession
-from lib_estimate.objectives import Objective
+from lib_estimate.learn.fit import Fit
+from lib_estimate.learn.objectives.base import Objective
 from lib_estimate.request import EstimateRequest
-from lib_estimate.target import TRAIN, Bank, Target, build_bank, latent_noise
+from lib_estimate.target.bank import TRAIN, Bank, build_bank, latent_noise
+from lib_estimate.target.target import Target
 
 T = TypeVar("T")
 

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as meta_config
 
-from lib_estimate import plan
 from lib_estimate.hosts import denoising
 from lib_estimate.hosts.base import StepConditioning
 from lib_estimate.hosts.standalone import StandaloneSession
-from lib_estimate.objectives import CrossAttention, Denoising, HiddenState, Objective
-from lib_estimate.queries import Queries
-from lib_estimate.registry import LOSSES
+from lib_estimate.learn.objectives.base import Objective
+from lib_estimate.learn.objectives.cross_attention import CrossAttention
+from lib_estimate.learn.objectives.denoising import Denoising
+from lib_estimate.learn.objectives.hidden_state import HiddenState
+from lib_estimate.learn.registry import LOSSES
 from lib_estimate.request import EstimateRequest
-from lib_estimate.target import Bank, Target
+from lib_estimate.target.bank import Bank
+from lib_estimate.target.queries import Queries
+from lib_estimate.target.recording import recording
+from lib_estimate.target.target import Target
 from tests.bench.full_size import SIDE, random_host
 
 GIB = 2**30
@@ -112,7 +116,7 @@ def objectives(session: StandaloneSession, family: str) -> dict[str, Objective]:
         given = session.encode(["a red circle"])
         guidance = (StepConditioning(((1.0, given),), given),)
         target = Target(guidance, None, session.encode([""]), False, session.placeholder)
-    what = plan.recording(REQUEST)
+    what = recording(REQUEST)
     latents = what.count * what.steps * len(what.offsets)
     layers = denoising.attention_modules(session.parts.unet)
     hidden = [

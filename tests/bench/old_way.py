@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_estimate.embedding_file import Vectors
+from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts.base import Conditioning, Session
-from lib_estimate.target import Bank, Target
+from lib_estimate.target.bank import Bank
+from lib_estimate.target.target import Target
 
 LEARNING_RATE = 2e-3
 

@@ -19,15 +19,20 @@ from typing import Any
 
 import torch
 
-from lib_estimate import embedding_file, job, plan
+from lib_estimate import job
 from lib_estimate.errors import EstimateError
-from lib_estimate.fit import Cancel, StepReport
+from lib_estimate.files import reading, writing
+from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts import webui
 from lib_estimate.hosts.webui import WebuiHost
 from lib_estimate.hosts.webui_shell import WebuiShell
-from lib_estimate.objectives import CrossAttention, Denoising, HiddenState
+from lib_estimate.learn import plan
+from lib_estimate.learn.objectives.cross_attention import CrossAttention
+from lib_estimate.learn.objectives.denoising import Denoising
+from lib_estimate.learn.objectives.hidden_state import HiddenState
+from lib_estimate.progress import Cancel, Interrupted, Note, StepReport
 from lib_estimate.request import EstimateRequest, Part, Use
-from lib_estimate.target import build_target
+from lib_estimate.target.target import build_target
 
 PROMPTS = (
     "a red circle",
@@ -218,7 +223,7 @@ def check_estimate() -> dict[str, Any]:
     made = request(**settings, part=Part.AUTO, width=128, height=128)
     with changed(plan, "POLISH", replace(plan.POLISH, steps=polish)):
         done = outcome(made)
-    *_, measured = job.measured(embedding_file.load(done.path), made, WebuiHost(locked=False))
+    *_, measured = job.measured(reading.load(done.path), made, WebuiHost(locked=False))
     assert abs(measured.recovered - done.fidelity.recovered) < 1e-3, (measured, done.fidelity)
     assert measured.error < measured.unweighted_error, measured
     return {
@@ -279,13 +284,13 @@ def check_overwriting_replaces_that_file_alone() -> dict[str, Any]:
     first = folder / "deep" / "Taken.safetensors"
     with WebuiHost(locked=False).session() as session:
         zeros = {key: torch.zeros(1, width) for key, width in session.info.widths.items()}
-    embedding_file.save(embedding_file.Embedding("Taken", zeros, {}), first)
+    writing.save(Embedding("Taken", zeros, {}), first)
     made = request(name="taken", out=str(folder))
     assert "Taken.safetensors" in raised(EstimateError, lambda: outcome(made))
     done = outcome(replace(made, overwrite=True))
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files == [first] == [done.path], files
-    assert all(rows.abs().sum() > 0 for rows in embedding_file.load(first).vectors.values())
+    assert all(rows.abs().sum() > 0 for rows in reading.load(first).vectors.values())
     return {}
 
 
@@ -382,7 +387,7 @@ def check_the_host_is_as_before_after_interrupts() -> dict[str, Any]:
                 cancel.discard()
 
         made = request(steps=500, part=Part.UNET)
-        raised(job.Interrupted, lambda: outcome(made, cancel, drop))
+        raised(Interrupted, lambda: outcome(made, cancel, drop))
         assert not list(Path(made.out).iterdir())
     return {}
 
@@ -451,7 +456,7 @@ def check_lora_tags_are_left_out_and_said() -> dict[str, Any]:
     assert not any("lora" in text for text in texts), texts
     outcome(
         request(prompt=prompt),
-        see=lambda progress: notes.append(progress.text) if isinstance(progress, job.Note) else None,
+        see=lambda progress: notes.append(progress.text) if isinstance(progress, Note) else None,
     )
     assert any("<lora:some:0.8>" in note for note in notes), notes
     return {}
@@ -461,7 +466,7 @@ def check_an_embedding_of_another_model_is_said_before_the_run() -> dict[str, An
     from modules import sd_hijack
 
     path, database = Path(WebuiShell().embeddings_folder()) / "foreignword.pt", sd_hijack.model_hijack.embedding_db
-    embedding_file.save(embedding_file.Embedding(path.stem, {"clip_l": torch.zeros(1, 8)}, {}), path)
+    writing.save(Embedding(path.stem, {"clip_l": torch.zeros(1, 8)}, {}), path)
     try:
         database.load_textual_inversion_embeddings(force_reload=True)
         for change in ({"prompt": "a (red:1.6) foreignword circle"}, {"init": "foreignword"}):

@@ -23,10 +23,11 @@ from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 from torch import nn
 
-from lib_estimate import embedding_file
-from lib_estimate import prompt_syntax as syntax
+from lib_estimate.errors import PromptSyntaxError
+from lib_estimate.files import reading
 from lib_estimate.hosts import checkpoint
 from lib_estimate.hosts.text_encoder import TextEncoder
+from lib_estimate.prompt import attention, chunks, schedule
 
 # ---- textual_inversion, sd_hijack ---------------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ class EmbeddingDatabase:
         for path in sorted(Path(shared.cmd_opts.embeddings_dir).rglob("*.*")):
             if path.suffix not in (".pt", ".safetensors"):
                 continue
-            vectors = embedding_file.load(path).vectors
+            vectors = reading.load(path).vectors
             made = Embedding(vectors if len(vectors) > 1 else next(iter(vectors.values())), path.stem)
             if [rows.shape[1] for rows in vectors.values()] == needed:
                 self.register_embedding_by_name(made, shared.sd_model, path.stem)
@@ -154,7 +155,7 @@ class FrozenCLIPEmbedderWithCustomWords(nn.Module):
         self.chunk_length, self.return_pooled = encoder.places - 2, encoder.pooled
         embeddings = getattr(encoder.model, "text_model", encoder.model).embeddings
         embeddings.token_embedding = EmbeddingsWithFixes(embeddings.token_embedding, hijack, encoder.key)
-        self._vocabulary = syntax.Vocabulary(
+        self._vocabulary = chunks.Vocabulary(
             encode=lambda text: self.tokenize([text])[0], start=self.id_start, end=self.id_end, pad=self.id_end,
             comma=self.tokenize([","])[0][0], chunk_length=self.chunk_length,
         )  # fmt: skip
@@ -173,12 +174,12 @@ class FrozenCLIPEmbedderWithCustomWords(nn.Module):
             return None if embedding is None else (embedding.name, length, embedding.vectors)
 
         try:
-            found, count = syntax.chunks(line, self._vocabulary, find, emphasis=shared.opts.emphasis != "None")
-        except syntax.PromptSyntaxError as error:
+            found, count = chunks.chunks(line, self._vocabulary, find, emphasis=shared.opts.emphasis != "None")
+        except PromptSyntaxError as error:
             raise ValueError(str(error)) from error
         return [self._chunk(chunk, database) for chunk in found], count
 
-    def _chunk(self, chunk: syntax.Chunk, database: EmbeddingDatabase) -> PromptChunk:
+    def _chunk(self, chunk: chunks.Chunk, database: EmbeddingDatabase) -> PromptChunk:
         fixes = [PromptChunkFix(placed.offset - 1, database.word_embeddings[placed.name]) for placed in chunk.placed]
         return PromptChunk(chunk.tokens, chunk.weights, fixes)
 
@@ -186,7 +187,7 @@ class FrozenCLIPEmbedderWithCustomWords(nn.Module):
         skips = self._encoder.clip_skip or (shared.opts.sdxl_clip_l_skip and not self._encoder.pooled)
         layer = shared.opts.CLIP_stop_at_last_layers if skips else self._encoder.layer
         z, pooled = self._encoder.states(torch.tensor(remade_batch_tokens), self.id_end, (), layer)
-        z = syntax.apply_emphasis(z, torch.tensor(batch_multipliers), shared.opts.emphasis)
+        z = attention.apply_emphasis(z, torch.tensor(batch_multipliers), shared.opts.emphasis)
         z.pooled = pooled
         return z
 
@@ -324,15 +325,15 @@ class MulticondLearnedConditioning:
 
 def get_learned_conditioning_prompt_schedules(prompts, base_steps, hires_steps=None, use_old_scheduling=False):
     try:
-        return [[list(row) for row in syntax.prompt_schedule(prompt, base_steps)] for prompt in prompts]
-    except syntax.PromptSyntaxError as error:
+        return [[list(row) for row in schedule.prompt_schedule(prompt, base_steps)] for prompt in prompts]
+    except PromptSyntaxError as error:
         raise ValueError(str(error)) from error
 
 
 def get_multicond_prompt_list(prompts):
     flat, indexes = [], []
     for prompt in prompts:
-        parts = syntax.split_and(prompt)
+        parts = schedule.split_and(prompt)
         indexes.append([(len(flat) + i, weight) for i, (_, weight) in enumerate(parts)])
         flat += [text for text, _ in parts]
     return indexes, flat, {text: i for i, text in enumerate(flat)}
@@ -340,9 +341,9 @@ def get_multicond_prompt_list(prompts):
 
 def get_learned_conditioning(model, prompts, steps, hires_steps=None, use_old_scheduling=False):
     out = []
-    for schedule in get_learned_conditioning_prompt_schedules(prompts, steps):
-        conds = model.get_learned_conditioning(SdConditioning([text for _, text in schedule], copy_from=prompts))
-        out.append([ScheduledPromptConditioning(end, _row(conds, i)) for i, (end, _) in enumerate(schedule)])
+    for changes in get_learned_conditioning_prompt_schedules(prompts, steps):
+        conds = model.get_learned_conditioning(SdConditioning([text for _, text in changes], copy_from=prompts))
+        out.append([ScheduledPromptConditioning(end, _row(conds, i)) for i, (end, _) in enumerate(changes)])
     return out
 
 
@@ -494,7 +495,7 @@ class ExtraNetworkParams:
 
 
 def parse_prompt(prompt):
-    text, tags = syntax.extra_network_tags(prompt)
+    text, tags = schedule.extra_network_tags(prompt)
     found: dict[str, list] = {}
     for tag in tags:
         kind, *items = tag.strip("<>").split(":")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from selenium.webdriver.common.by import By
 
-from tests import browser
-from tests.test_ui import use_few
+from tests.interfaces import browser
+from tests.interfaces.test_tab import use_few
 from tests.webui.real_host import RealHost
 
 NAME = "webuiword"

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from lib_estimate import embedding_file, job, plan
+from lib_estimate import job
+from lib_estimate.files import reading
+from lib_estimate.learn import plan
 from lib_estimate.request import EstimateRequest, Use
 from tests.small_models import small_model
 from tests.webui import standin
@@ -73,7 +75,7 @@ if ROOT:  # not skipped one by one: conftest.py says it in one line
         request = EstimateRequest(
             **there["settings"], name="here", out=str(tmp_path), use=Use.WHOLE, sentence=("a photo of {}",), images=0
         )
-        *_, here = job.measured(embedding_file.load(Path(there["file"])), request, host)
+        *_, here = job.measured(reading.load(Path(there["file"])), request, host)
         monkeypatch.setattr(plan, "POLISH", replace(plan.POLISH, steps=there["polish"]))
         *_, own = job.estimate(request, host)
         print(f"recovered: {there['recovered']:.4f} of the webui's file there, {here.recovered:.4f} of it here, "

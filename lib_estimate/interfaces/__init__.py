@@ -1,0 +1,1 @@
+"""Where people and programs meet the job: the tab, with and without a webui, and the command line."""

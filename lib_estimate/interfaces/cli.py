@@ -1,0 +1,447 @@
+"""The command line: `embedding-estimate fit | measure | parse | inspect | demo | ui`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lib_estimate.errors import EstimateError, PromptSyntaxError
+from lib_estimate.request import EstimateRequest, ModelOptions, Use
+
+log = logging.getLogger(__name__)
+
+CHECKOUT = Path(__file__).parents[2]
+DEMO_MODEL = CHECKOUT / "tests" / "shapes_sd" / "shapes_sd.safetensors"
+DEMO_PROMPT = "a (red:1.6) circle on a blue background"
+SHORT_FLAGS = {"learning_rate": "--lr"}
+CONTEXT = (
+    "negative",
+    "target",
+    "seed",
+    "sampling_steps",
+    "cfg_scale",
+    "width",
+    "height",
+    "images",
+    "sentence",
+)  # of `measure`
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. Anything wrong is one sentence on stderr."""
+    args = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return args.run(args)
+    except EstimateError as error:
+        log.debug("Trace:", exc_info=True)
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("Interrupted. Nothing was saved.", 130)
+    except MemoryError:
+        return _fail("Out of memory. Use smaller --width and --height, a smaller --batch, or --dtype float16.")
+    except Exception as error:
+        log.debug("Trace:", exc_info=True)
+        if "out of memory" in str(error).lower():
+            return _fail(
+                "The GPU is out of memory. Use smaller --width and --height, a smaller --batch, or --dtype float16."
+            )
+        return _fail(f"Unexpected {type(error).__name__}: {error} (add --verbose for the whole trace)")
+
+
+def _fail(sentence: str, status: int = 1) -> int:
+    sys.stderr.write(f"error: {sentence}\n")
+    return status
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="embedding-estimate", description="Turns a prompt, with its emphasis, into one word.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    fit = commands.add_parser("fit", help="estimate an embedding from a prompt")
+    fit.add_argument("prompt", metavar="PROMPT", help=_help(EstimateRequest, "prompt"))
+    _add_fields(fit, ModelOptions)
+    _add_fields(fit, EstimateRequest, skip=("prompt",))
+    _add_output(fit)
+    fit.set_defaults(run=_fit)
+
+    measure = commands.add_parser("measure", help="measure an embedding file against a prompt")
+    measure.add_argument("file", type=Path, metavar="FILE", help="the embedding")
+    measure.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        help="the prompt it should behave like (with --target negative: the prompt beside it)",
+    )
+    _add_fields(measure, ModelOptions)
+    _add_fields(measure, EstimateRequest, only=CONTEXT)
+    _add_output(measure)
+    measure.set_defaults(run=_measure)
+
+    parse = commands.add_parser("parse", help="show how prompts are read")
+    parse.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parse.add_argument("--steps", type=int, default=20, help="sampling steps, for prompt editing (default: 20)")
+    parse.add_argument("--json", action="store_true", help="print JSON")
+    parse.set_defaults(run=_parse)
+
+    inspect = commands.add_parser("inspect", help="show what an embedding file holds")
+    inspect.add_argument("file", type=Path, metavar="FILE")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    demo = commands.add_parser("demo", help="the main job on the small model that comes with the project")
+    demo.add_argument("--out", type=Path, default=Path("embedding-estimate-demo"), help="folder for the results")
+    demo.set_defaults(run=_demo)
+
+    ui = commands.add_parser("ui", help="open the tab in a browser, without a webui")
+    _add_fields(ui, ModelOptions, skip=("model",))
+    ui.add_argument("--model", default=str(DEMO_MODEL), help="checkpoint (default: the small model of the project)")
+    ui.add_argument("--out", default=EstimateRequest.out, help=_help(EstimateRequest, "out"))
+    ui.add_argument("--port", type=int, default=7865, help="port on this computer (default: 7865)")
+    ui.add_argument("--no-browser", action="store_true", help="don't open a browser")
+    ui.set_defaults(run=_ui)
+    for command in commands.choices.values():
+        command.add_argument("--verbose", action="store_true", help="log details and traces")
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, source: type, skip: tuple = (), only: tuple | None = None) -> None:
+    """One flag per field of a request, with the field's own default, choices and help."""
+    for item in dataclasses.fields(source):
+        if item.name in skip or (only is not None and item.name not in only):
+            continue
+        names = [*([SHORT_FLAGS[item.name]] if item.name in SHORT_FLAGS else []), "--" + item.name.replace("_", "-")]
+        default = item.default.value if isinstance(item.default, Enum) else item.default
+        shown = "" if default is False or default in ("", ()) else f" (default: {default})"
+        text = item.metadata["help"].replace("%", "%%") + shown
+        if isinstance(item.default, tuple):
+            parser.add_argument(*names, dest=item.name, action="append", help=text, metavar=item.name.upper())
+            continue
+        if item.default is False:
+            parser.add_argument(*names, dest=item.name, action="store_true", help=text)
+            continue
+        # A number or one of some words is checked by the request itself.
+        fixed = item.metadata["choices"] if item.metadata["low"] is None else None
+        parser.add_argument(
+            *names, dest=item.name, help=text, default=default, choices=fixed, type=_converter(item),
+            required=item.name in ("model", "name"),
+            metavar=None if fixed else item.name.upper(),
+        )  # fmt: skip
+
+
+def _converter(item: dataclasses.Field) -> Any:
+    kind = type(item.default)
+    if issubclass(kind, str) and item.metadata["low"] is not None:  # a number, or a word such as init_text
+
+        def number_or_word(text: str) -> int | str:
+            return int(text) if text.lstrip("-").isdigit() else text
+
+        return number_or_word
+    return str if issubclass(kind, str) else kind
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - prints it")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="save the pictures side by side as PNG")
+
+
+def _help(source: type, name: str) -> str:
+    return next(item.metadata["help"] for item in dataclasses.fields(source) if item.name == name)
+
+
+def _filled(source: type, args: argparse.Namespace) -> Any:
+    """A request or model options from the parsed flags."""
+    values = {}
+    for item in dataclasses.fields(source):
+        if hasattr(args, item.name):
+            value = getattr(args, item.name)
+            kind = type(item.default)
+            values[item.name] = kind(value or ()) if issubclass(kind, (Enum, tuple)) else value
+    return source(**values)
+
+
+# ---- commands -----------------------------------------------------------------------------------------------------
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from lib_estimate import job
+
+    request = _filled(EstimateRequest, args)
+    job.check_destination(request)  # before the model is loaded
+    outcome = _run(request, _filled(ModelOptions, args))
+    _output(args, outcome.record, outcome.fidelity, request.name)
+    _summary(outcome)
+    return 0
+
+
+def _run(request: EstimateRequest, options: ModelOptions, errors: list[tuple[int, float]] | None = None) -> Any:
+    """Runs an estimate with progress bars on stderr; returns its Outcome."""
+    from lib_estimate import job
+    from lib_estimate.hosts.standalone import StandaloneHost
+    from lib_estimate.progress import Cancel, StepReport
+
+    host = StandaloneHost(options, Path(request.out))
+    cancel, before, last = Cancel(), 0, 0
+    with _interrupts(cancel), _Bars() as bars:
+        for progress in job.estimate(request, host, cancel):
+            if isinstance(progress, job.Outcome):
+                return progress
+            bars.show(progress)
+            if errors is None or not isinstance(progress, StepReport):
+                continue
+            if progress.step <= last - before:  # another stage, and another measure
+                before = last
+                errors.append((before, math.nan))
+            last = before + progress.step
+            if progress.error is not None:
+                errors.append((last, progress.error))
+    raise AssertionError("an estimate ends with an Outcome")
+
+
+@contextmanager
+def _interrupts(cancel: Any) -> Iterator[None]:
+    """Ctrl-C stops the learning and saves the best vectors; a second one stops at once."""
+
+    def stop(*_: object) -> None:
+        if cancel.wanted is not None:
+            raise KeyboardInterrupt
+        sys.stderr.write("\nStopping; the best vectors so far are saved. Press Ctrl-C again to drop everything.\n")
+        cancel.save()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Bars:
+    """A tqdm bar per phase."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.name = ""
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, progress: Any) -> None:
+        if hasattr(progress, "text"):
+            self.__exit__()
+            self.name = ""
+            sys.stderr.write(f"note: {progress.text}\n")
+            return
+        learning = hasattr(progress, "loss")
+        name = f"Learning ({progress.part})" if learning else progress.name
+        done, total = (progress.step, progress.steps) if learning else (progress.done, progress.total)
+        if name != self.name:
+            from tqdm import tqdm
+
+            self.__exit__()
+            self.bar, self.name = tqdm(total=total, desc=f"{name:<26}", file=sys.stderr), name
+        self.bar.update(done - self.bar.n)
+        if learning:
+            self.bar.set_postfix(loss=f"{progress.loss:.4f}", error=f"{progress.best_error:.4f}", refresh=False)
+
+
+def _output(args: argparse.Namespace, record: dict[str, Any], fidelity: Any, name: str) -> None:
+    if args.sheet and fidelity.pictures:
+        _save_sheet(args.sheet, fidelity, record["prompt"], name)
+    if args.json == "-":
+        sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    elif args.json:
+        Path(args.json).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _save_sheet(path: Path, fidelity: Any, prompt: str, name: str) -> None:
+    from lib_estimate.report.plots import sheet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet(fidelity.pictures, {"prompt": prompt, "embedding": name, "unweighted": "without weights"}).save(path)
+
+
+def _summary(outcome: Any) -> None:
+    from lib_estimate.report.fidelity import result_sentence
+
+    sys.stderr.write(f"Saved {outcome.path}\n{result_sentence(outcome.fidelity, outcome.embedding.name)}\n")
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from lib_estimate import job
+    from lib_estimate.files import reading
+    from lib_estimate.hosts.standalone import StandaloneHost
+    from lib_estimate.report.fidelity import Fidelity, result_sentence
+
+    request = _filled(EstimateRequest, args)
+    request.validate()
+    embedding = reading.load(args.file)
+    host = StandaloneHost(_filled(ModelOptions, args), args.file.parent)
+    with _Bars() as bars:
+        for progress in job.measured(embedding, request, host):
+            if isinstance(progress, Fidelity):
+                fidelity = progress
+            else:
+                bars.show(progress)
+    names = {"prompt": request.prompt, "negative": request.negative, "target": request.target.value}
+    record = {"file": str(args.file), "name": embedding.name, **names, **fidelity.figures()}
+    _output(args, record, fidelity, embedding.name)
+    sys.stderr.write(result_sentence(fidelity, embedding.name) + "\n")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from lib_estimate.errors import ModelError
+    from lib_estimate.report.plots import curve
+
+    if not DEMO_MODEL.exists():
+        raise ModelError(f"The demo's model is not at {DEMO_MODEL}: run the demo from a checkout of the project.")
+    request = EstimateRequest(prompt=DEMO_PROMPT, name="demo-circle", out=str(args.out), overwrite=True, use=Use.WHOLE)
+    errors: list[tuple[int, float]] = []
+    sys.stderr.write(f"Estimating {DEMO_PROMPT!r} on the small model; this takes about a minute.\n")
+    outcome = _run(request, ModelOptions(model=str(DEMO_MODEL)), errors)
+    sheet, plot = args.out / "demo-circle.sheet.png", args.out / "demo-circle.curve.png"
+    _save_sheet(sheet, outcome.fidelity, DEMO_PROMPT, request.name)
+    curve(plot, outcome.losses, errors, outcome.fidelity.unweighted_error)
+    _summary(outcome)
+    sys.stderr.write(
+        f"\n{outcome.path}\n    the embedding: a webui uses it by writing {request.name} in a prompt\n"
+        f"{sheet}\n    the same noise under the prompt, the embedding and the prompt without its weights: "
+        "the first two columns should look alike, the third differs\n"
+        f"{plot}\n    how the error fell while learning; the dashed line is the prompt without its weights\n"
+    )
+    return 0
+
+
+def _ui(args: argparse.Namespace) -> int:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        from lib_estimate.interfaces import standalone_tab
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise EstimateError("The tab needs Gradio: pip install -e '.[ui]'") from error
+    standalone_tab.launch(_filled(ModelOptions, args), args.out, args.port, browser=not args.no_browser)
+    return 0
+
+
+# ---- parse and inspect --------------------------------------------------------------------------------------------
+
+
+def _parse(args: argparse.Namespace) -> int:
+    if args.steps < 1:
+        raise EstimateError(f"--steps is {args.steps}: it must be at least 1.")
+    vocabulary, decode = _vocabulary()
+    rows = [_parsed(prompt, args.steps, vocabulary) for prompt in args.prompts]
+    if args.json:
+        sys.stdout.write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write("\n".join(_parse_table(row, decode) for row in rows))
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def _vocabulary() -> Any:
+    from transformers import CLIPTokenizer
+
+    from lib_estimate.hosts.checkpoint import BUNDLED_VOCABULARY
+    from lib_estimate.prompt.chunks import Vocabulary
+
+    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED_VOCABULARY, local_files_only=True)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
+
+    ids = Vocabulary(
+        encode=encode,
+        start=tokenizer.bos_token_id,
+        end=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+        comma=encode(",")[0],
+        chunk_length=tokenizer.model_max_length - 2,
+    )
+    return ids, lambda token: tokenizer.decode([token]).strip()
+
+
+def _parsed(prompt: str, steps: int, vocabulary: Any) -> dict[str, Any]:
+    """How one prompt is read; chunks without their padding."""
+    from lib_estimate.prompt import attention, chunks, schedule
+
+    try:
+        found, count = chunks.chunks(prompt, vocabulary)
+        return {
+            "prompt": prompt,
+            "attention": [list(pair) for pair in attention.parse_attention(prompt)],
+            f"schedule_{steps}": [list(pair) for pair in schedule.prompt_schedule(prompt, steps)],
+            "and": [list(pair) for pair in schedule.split_and(prompt)],
+            "token_count": count,
+            "chunks": [_without_padding(chunk, vocabulary) for chunk in found],
+        }
+    except PromptSyntaxError as error:
+        return {"prompt": prompt, "error": str(error)}
+
+
+def _without_padding(chunk: Any, vocabulary: Any) -> dict[str, list]:
+    length = len(chunk.tokens)
+    while (
+        length > 1 and chunk.tokens[length - 1] in (vocabulary.end, vocabulary.pad) and chunk.weights[length - 1] == 1
+    ):
+        length -= 1
+    return {"tokens": list(chunk.tokens[:length]), "weights": [round(w, 9) for w in chunk.weights[:length]]}
+
+
+def _parse_table(row: dict[str, Any], decode: Any) -> str:
+    lines = [f"prompt: {row['prompt']}"]
+    if "error" in row:
+        return "\n".join([*lines, f"  error: {row['error']}", ""])
+    schedule = next(value for key, value in row.items() if key.startswith("schedule_"))
+    lines.append(f"  {row['token_count']} tokens in {len(row['chunks'])} chunk(s)")
+    if len(row["and"]) > 1:
+        lines += [f"  AND part, weight {weight:g}: {text.strip()}" for text, weight in row["and"]]
+    if len(schedule) > 1:
+        lines += [f"  until step {step}: {text}" for step, text in schedule]
+    for number, chunk in enumerate(row["chunks"], 1):
+        lines.append(f"  chunk {number}:")
+        pairs = list(zip(chunk["tokens"], chunk["weights"], strict=True))[1:]
+        lines += [f"    {decode(token):<20} {weight:g}" for token, weight in pairs]
+    return "\n".join([*lines, ""])
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from lib_estimate.files import reading
+
+    embedding = reading.load(args.file)
+    vectors = {
+        key: {"vectors": rows.shape[0], "width": rows.shape[1], "length": rows.norm(dim=1).mean().item()}
+        for key, rows in embedding.vectors.items()
+    }
+    if args.json:
+        record = {"name": embedding.name, "vectors": vectors, "metadata": embedding.metadata}
+        sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        return 0
+    lines = [f"{embedding.name}"]
+    for key, v in vectors.items():
+        lines.append(f"  {key}: {v['vectors']} vectors of width {v['width']}, mean length {v['length']:.3f}")
+    lines += [f"  {key}: {value}" for key, value in embedding.metadata.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0

@@ -1,0 +1,78 @@
+"""The tab without a webui: on the host of the command line, in a browser on this computer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lib_estimate.hosts.standalone import StandaloneHost, StandaloneSession
+from lib_estimate.interfaces.tab import build
+from lib_estimate.interfaces.view import View
+from lib_estimate.request import EstimateRequest, ModelOptions
+
+STYLE = Path(__file__).parents[2] / "style.css"
+
+
+class StandaloneShell:
+    """See `interfaces.tab.Shell`."""
+
+    live = True
+
+    def __init__(self, options: ModelOptions, folder: str) -> None:
+        self.folder = folder
+        self.model = StandaloneHost(options, Path(folder))
+
+    def host(self) -> StandaloneHost:
+        return self.model
+
+    def embeddings_folder(self) -> str:
+        return self.folder
+
+    def start_values(self) -> dict[str, Any]:
+        return {}
+
+    def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable:
+        return run
+
+    def show(self, view: View) -> None:
+        """The tab itself shows it."""
+
+    def interrupted(self) -> bool:
+        return False
+
+    def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None:
+        """The folder is read anew at the next run."""
+
+    def count_tokens(self, text: str, steps: int, negative: bool) -> str:
+        # Not `model.session()`: one that ends inside a run would let the weights learn again.
+        session = StandaloneSession(self.model)
+        try:
+            pieces = {text for part in session.read(text, steps, negative=negative) for _, text in part.texts}
+            most = max((session.tokens(piece) for piece in pieces), key=len)
+            used = [sum(max(token.vectors, 1) for token in chunk) for chunk in most]
+            length = session.info.chunk_length
+        finally:
+            session.close()
+        return f"{length * (len(used) - 1) + used[-1]}/{length * len(used)}"
+
+    def send_buttons(self) -> Sequence[str]:
+        return ()
+
+    def restore(self, task: str) -> Any:
+        raise NotImplementedError("a run of this tab lives and ends with its page")
+
+
+def launch(options: ModelOptions, folder: str, port: int, *, browser: bool, wait: bool = True) -> gr.Blocks:
+    """Opens the tab on 127.0.0.1; returns when it is closed, or at once without `wait`."""
+    style = STYLE.read_text(encoding="utf-8") if STYLE.exists() else ""
+    blocks = build(StandaloneShell(options, folder))
+    blocks.title = "Embedding Estimate"
+    blocks.queue()
+    blocks.launch(
+        server_name="127.0.0.1", server_port=port, inbrowser=browser, share=False, prevent_thread_lock=not wait,
+        css=style,
+    )  # fmt: skip
+    return blocks

@@ -1,0 +1,387 @@
+"""The tab, for whatever program it stands in: fields of the request on the left, what comes of them on the right.
+
+One code for the Gradio of A1111 (3.41), of Forge (4.40) and today's: it keeps to what all of them have. What differs
+is `JS`, the name of one keyword.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from lib_estimate.errors import EstimateError
+from lib_estimate.hosts.base import Host
+from lib_estimate.interfaces.fields import (
+    COUNTS,
+    LABELS,
+    LEFT_OUT,
+    NUMBER,
+    PART_HELP,
+    WORDS,
+    component,
+    field_of,
+    identifier,
+    in_the_tab,
+    request_from,
+)
+from lib_estimate.interfaces.view import View, views
+from lib_estimate.job import Outcome
+from lib_estimate.progress import Cancel
+from lib_estimate.report.fidelity import result_sentence
+from lib_estimate.request import INIT_TEXT, EstimateRequest, Use
+
+log = logging.getLogger(__name__)
+JS = "_js" if gr.__version__.startswith("3.") else "js"
+OUT_OF_MEMORY = "Out of memory. Make the width and height of the generations learnt from, or the batch, smaller."
+LEARNING = (
+    "steps", "learning_rate", "optimizer", "loss", "schedule", "warmup", "seed", "ema", "patience", "start",
+    "tolerance", "batch", "queries", "memory", "clip_gradient", "trajectories",
+)  # fmt: skip
+GENERATION = ("sampling_steps", "cfg_scale", "width", "height", "images")
+COPY = """(name) => {
+    if (!name) return;
+    if (navigator.clipboard) { navigator.clipboard.writeText(name); return; }
+    const field = document.createElement("textarea"); // on plain http there is no clipboard object
+    field.value = name;
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+}"""
+
+
+class Shell(Protocol):
+    """The program the tab stands in."""
+
+    live: bool  # whether the tab itself shows how a run goes on; else the program does, by a mechanism of its own
+
+    def host(self) -> Host:
+        """The host, with its model; EstimateError where there is none."""
+
+    def embeddings_folder(self) -> str:
+        """Where embeddings are."""
+
+    def start_values(self) -> dict[str, Any]:
+        """Request fields that begin with another value than the request's default."""
+
+    def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable:
+        """`run` as the program runs long jobs; `failed`: outputs, but the last, for when it raises."""
+
+    def show(self, view: View) -> None:
+        """Shows how a run goes on, where the tab doesn't."""
+
+    def interrupted(self) -> bool:
+        """Whether the program's own interrupt was pressed."""
+
+    def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None:
+        """A file was saved: its name must work in the next generation."""
+
+    def count_tokens(self, text: str, steps: int, negative: bool) -> str:
+        """Such as 12/75."""
+
+    def send_buttons(self) -> Sequence[str]:
+        """Tabs of the program that have prompts to send the name to."""
+
+    def restore(self, task: str) -> Any:
+        """The outputs of a run that another page started."""
+
+
+def build(shell: Shell) -> gr.Blocks:
+    """The tab."""
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        Tab(shell).lay_out()
+    return blocks
+
+
+class Tab:
+    """The components of one tab and what happens between them."""
+
+    def __init__(self, shell: Shell) -> None:
+        self.shell = shell
+        self.fields: dict[str, Any] = {}
+        self.cancel: Cancel | None = None  # of the run that goes on
+
+    # ---- layout ----
+
+    def lay_out(self) -> None:
+        with gr.Row(elem_id=identifier("columns")):
+            with gr.Column(scale=1):
+                self._prompts()
+                self._saving()
+                self._buttons()
+                self._method()
+                self._folded("Learning", LEARNING)
+                self._folded("Generations learnt from", GENERATION)
+            with gr.Column(scale=1, elem_id=identifier("results")):
+                self._results()
+        self._connect()
+
+    def _field(self, name: str) -> Any:
+        value = self.shell.start_values().get(name, field_of(name).default)
+        self.fields[name] = component(name, value)
+        # Else the webui's memory of fields would win over its settings page for good.
+        self.fields[name].do_not_save_to_config = name in self.shell.start_values()
+        return self.fields[name]
+
+    def _prompts(self) -> None:
+        self.counters, self.count = {}, {}
+        for name, lines in (("prompt", 3), ("negative", 2)):
+            self.fields[name] = gr.Textbox(
+                label=LABELS.get(name, "Prompt"), lines=lines, elem_id=identifier(name),
+                placeholder="(worst quality:1.4), blurry" if name == "negative" else "a (red:1.6) circle",
+            )  # fmt: skip
+            self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
+            self.count[name] = gr.Button(visible=False, elem_id=identifier(f"{name}_count"))
+        self._field("target")
+
+    def _saving(self) -> None:
+        with gr.Row():
+            self._field("name")
+            self._field("format")
+        self._field("overwrite")
+
+    def _buttons(self) -> None:
+        with gr.Row():
+            self.estimate = gr.Button("Estimate!", variant="primary", elem_id=identifier("estimate"))
+            self.interrupt = gr.Button("Interrupt", elem_id=identifier("interrupt"))
+            self.discard = gr.Button("Interrupt (not save)", elem_id=identifier("discard"))
+
+    def _method(self) -> None:
+        self._field("part")
+        lines = "".join(f"<li><b>{WORDS[part.value]}</b>: {text}</li>" for part, text in PART_HELP.items())
+        gr.HTML(f"<ul>{lines}</ul>", elem_id=identifier("parts"))
+        use = self._field("use")
+        sentence = self._field("sentence")
+        # A webui may put remembered values in later, so there these two begin visible.
+        sentence.visible = not self.shell.live or use.value == WORDS[Use.SENTENCE.value]
+        with gr.Row():
+            self.fields["vectors"] = gr.Radio(
+                choices=list(COUNTS.values()), value=COUNTS[INIT_TEXT], label=LABELS["vectors"],
+                elem_id=identifier("vectors"), info="Auto: as few as keep the error below the tolerance",
+            )  # fmt: skip
+            self.fields["vector_count"] = gr.Number(
+                value=8, precision=0, label="Number of vectors", visible=not self.shell.live,
+                elem_id=identifier("vector_count"),
+            )  # fmt: skip
+        self._field("init")
+
+    def _folded(self, title: str, names: Sequence[str]) -> None:
+        with gr.Accordion(title, open=False, elem_id=identifier(title.split()[0].lower())):
+            for left, right in zip(names[::2], [*names[1::2], None], strict=False):
+                with gr.Row():
+                    self._field(left)
+                    if right:
+                        self._field(right)
+
+    def _results(self) -> None:
+        self.task = gr.Textbox(visible=False, elem_id=identifier("task"))
+        self.progress = gr.HTML(_idle(), elem_id=identifier("progress"))
+        with gr.Column(elem_id=identifier("preview")):
+            self.curve = gr.Image(
+                label="Loss and error", type="pil", interactive=False, height=320, elem_id=identifier("curve")
+            )
+        self.gallery = gr.Gallery(
+            label="Prompt, embedding, prompt without its weights; each row from the same noise",
+            elem_id=identifier("gallery"), columns=3,
+        )  # fmt: skip
+        self.result = gr.HTML("", elem_id=identifier("result"))
+        self.done = gr.Textbox(visible=False, elem_id=identifier("saved_name"))
+        with gr.Row(elem_id=identifier("send")):
+            self.copy = gr.Button("Copy name", elem_id=identifier("copy"))
+            self.send = {
+                (tab, side): gr.Button(f"To {tab} {side}", elem_id=identifier(f"send_{tab}_{side}"))
+                for tab in self.shell.send_buttons()
+                for side in ("prompt", "negative")
+            }
+        self.footer = gr.HTML("", elem_id=identifier("footer"))
+        self.restored = gr.Button(visible=False, elem_id=identifier("restore"))
+
+    @property
+    def outputs(self) -> list[Any]:
+        """In the order of `_shown`. A webui adds its own text to the last."""
+        return [self.progress, self.curve, self.gallery, self.result, self.done, self.footer]
+
+    # ---- events ----
+
+    def _connect(self) -> None:
+        inputs = [self.task, *self.fields.values()]
+        if self.shell.live:
+            self.estimate.click(self._run_live, inputs=inputs, outputs=self.outputs, show_progress="hidden")
+        else:
+            run = self.shell.wrap(self._run_through, [gr.update()] * (len(self.outputs) - 1))
+            submit = {JS: "embeddingEstimateSubmit"}
+            self.estimate.click(run, inputs=inputs, outputs=self.outputs, show_progress="hidden", **submit)
+            self.restored.click(
+                self._restore, inputs=[self.task], outputs=self.outputs, show_progress="hidden",
+                **{JS: "embeddingEstimateRestore"},
+            )  # fmt: skip
+        for button, wanted in ((self.interrupt, "save"), (self.discard, "discard")):
+            button.click(lambda wanted=wanted: self._stop(wanted), inputs=[], outputs=[], queue=False)
+        for name in self.counters:
+            self._connect_counter(name)
+        self._connect_visibility()
+        self._connect_name()
+
+    def _connect_counter(self, name: str) -> None:
+        """Gradio 3 drops a change that comes while the one before is still answered, and so the last word of whoever
+        types quickly. There our script presses a button once typing has stopped.
+        """
+        for event in (self.fields[name].change, self.count[name].click):
+            event(
+                lambda text, steps: self._count(text, steps, name == "negative"),
+                inputs=[self.fields[name], self.fields["sampling_steps"]], outputs=[self.counters[name]],
+                queue=False, show_progress="hidden",
+            )  # fmt: skip
+
+    def _connect_visibility(self) -> None:
+        for source, shown, when in (
+            ("use", "sentence", WORDS[Use.SENTENCE.value]),
+            ("vectors", "vector_count", COUNTS[NUMBER]),
+        ):
+            self.fields[source].change(
+                lambda value, when=when: gr.update(visible=value == when),
+                inputs=[self.fields[source]], outputs=[self.fields[shown]], queue=False, show_progress="hidden",
+            )  # fmt: skip
+
+    def _connect_name(self) -> None:
+        self.copy.click(None, inputs=[self.done], outputs=[], **{JS: COPY})
+        for (tab, side), button in self.send.items():
+            send = f"(name) => {{ embeddingEstimateSend(name, '{tab}', {'true' if side == 'negative' else 'false'}); }}"
+            button.click(None, inputs=[self.done], outputs=[], **{JS: send})
+
+    def _count(self, text: str, steps: float, negative: bool) -> str:
+        try:
+            return f"<span>{html.escape(self.shell.count_tokens(text or '', int(steps or 1), negative))} tokens</span>"
+        except EstimateError:  # while somebody is still typing
+            return ""
+
+    def _stop(self, wanted: str) -> None:
+        """Stops the run that goes on; where none does, nothing is remembered."""
+        cancel = self.cancel
+        if cancel is not None:
+            cancel.save() if wanted == "save" else cancel.discard()
+
+    def _restore(self, task: str) -> Sequence[Any]:
+        found = self.shell.restore(task) if task else None
+        if found is not None and len(found) == len(self.outputs):
+            return found
+        # A webui that has forgotten the run gives outputs of its own tabs, which are fewer.
+        return self._failed("The results of the run from before can't be shown any more; what it saved is there.")
+
+    # ---- a run ----
+
+    def _run_live(self, task: str, *values: Any) -> Iterator[list[Any]]:
+        yield from self._run(values)
+
+    def _run_through(self, task: str, *values: Any) -> list[Any]:
+        shown: list[Any] = []
+        for shown in self._run(values):  # noqa: B007 (the last one counts)
+            pass
+        return shown
+
+    def _run(self, values: Sequence[Any]) -> Iterator[list[Any]]:
+        """Runs an estimate; yields what to show. Whatever goes wrong becomes a sentence."""
+        cancel = self.cancel = Cancel()
+        begun: dict[str, Any] = {}
+        try:
+            given = dict(zip(self.fields, values, strict=True))
+            more = {name: self.shell.start_values().get(name, field_of(name).default) for name in LEFT_OUT}
+            request = request_from({**more, **given, "out": self.shell.embeddings_folder()}).validate()
+            begun = {"curve": gr.update(value=None), "gallery": gr.update(value=None)}  # else those of an older run
+            yield self._shown(progress=_bar(0.0, None, "Starting"), result="", done="", **begun)
+            for view in views(request, self.shell.host(), cancel):
+                if self.shell.interrupted() and cancel.wanted is None:
+                    cancel.save()
+                self.shell.show(view)
+                if view.outcome is not None:
+                    yield self._finished(request, view)
+                elif self.shell.live:
+                    yield self._shown(
+                        progress=_bar(view.fraction, view.seconds_left, view.words), curve=view.curve,
+                        result=_notes(view.notes),
+                    )  # fmt: skip
+        except EstimateError as error:
+            log.info("Refused or stopped: %s", error)
+            yield self._failed(str(error), **begun)
+        except MemoryError:
+            yield self._failed(OUT_OF_MEMORY, **begun)
+        except Exception as error:  # the last place where it can become a sentence
+            log.exception("The estimate failed")
+            memory = "out of memory" in str(error).lower()
+            sentence = OUT_OF_MEMORY if memory else f"Unexpected {type(error).__name__}: {error}"
+            yield self._failed(sentence, **begun)
+        finally:
+            self.cancel = None
+
+    def _finished(self, request: EstimateRequest, view: View) -> list[Any]:
+        outcome = view.outcome
+        pictures, name = gallery(outcome), outcome.embedding.name
+        sentence = result_sentence(outcome.fidelity, name)
+        own = next((image for image, title in pictures if title == name), None)
+        notes = [*view.notes, *self._taken_in(request, outcome.path, own, f"{sentence}\n\n{request.text}")]
+        worth = outcome.fidelity.recovered is None or outcome.fidelity.recovered > 0
+        text = "<br>".join(map(html.escape, sentence.splitlines()))
+        use = f"Write <b>{html.escape(name)}</b> in your {WORDS[request.target.value].lower()}."
+        return self._shown(
+            progress=_bar(1.0, None, f"Saved {outcome.path}"), curve=view.curve, gallery=pictures,
+            result=f"<p class='{'good' if worth else 'bad'}'>{text}<br>{use}</p>{_notes(notes)}", done=name,
+        )  # fmt: skip
+
+    def _taken_in(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> list[str]:
+        """Tells the program of the new file; a note where that fails, because the file itself is saved by then."""
+        try:
+            self.shell.saved(request, path, picture, description)
+        except Exception:
+            log.exception("The program could not take in %s", path)
+            return [
+                "The file is saved, but the program could not read it in; the log says why. Refresh its embeddings."
+            ]
+        return []
+
+    def _failed(self, sentence: str, **more: Any) -> list[Any]:
+        said = f"<p class='bad'>{html.escape(in_the_tab(sentence))}</p>"
+        return self._shown(progress=_idle(), result=said, done="", **more)
+
+    def _shown(self, **changes: Any) -> list[Any]:
+        """Outputs, in their order; what isn't named stays as it is. The footer is emptied: the webui adds to it."""
+        names = ("progress", "curve", "gallery", "result", "done")
+        return [gr.update() if changes.get(name) is None else changes[name] for name in names] + [""]
+
+
+def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
+    """Pictures row by row, each with its title."""
+    titles = {"prompt": "prompt", "embedding": outcome.embedding.name, "unweighted": "without weights"}
+    columns = {
+        titles[name]: [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in batch]
+        for name, batch in outcome.fidelity.pictures.items()
+    }
+    rows = max(map(len, columns.values()), default=0)
+    return [(images[row], title) for row in range(rows) for title, images in columns.items()]
+
+
+def _bar(fraction: float, seconds_left: float | None, words: str) -> str:
+    left = f", about {_duration(seconds_left)} left" if seconds_left else ""
+    share = f"{100 * fraction:.0f}%"
+    return (
+        f"<div class='bar'><div style='width:{share}'></div></div>"
+        f"<p>{share}{left}</p><p class='words'>{html.escape(words)}</p>"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _idle() -> str:
+    return "<p class='words'>Type a prompt and a name, then press Estimate!</p>"
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return "".join(f"<p class='note'>{html.escape(in_the_tab(note))}</p>" for note in notes)

@@ -1,0 +1,113 @@
+"""What a person sees of a running estimate: how far it is, one line in words, a growing curve. No gradio here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from lib_estimate.hosts.base import Host
+from lib_estimate.job import Outcome, Progress, estimate
+from lib_estimate.progress import Cancel, Note, StepReport
+from lib_estimate.report.plots import live_curve
+from lib_estimate.request import EstimateRequest, Part, Use
+
+CURVE_EVERY = 1.0  # seconds
+# Where a phase begins in the whole job, as shares of its time. Rough: they only have to move on evenly.
+BEGINS = {
+    "Recording the target": 0.0,
+    "Recording checks": 0.04,
+    "Trying numbers": 0.05,
+    "Learning": 0.08,
+    "Held-out noise": 0.80,
+    "Sentences": 0.84,
+    "Pictures": 0.94,
+}
+ENDS = dict(zip(BEGINS, [*list(BEGINS.values())[1:], 1.0], strict=True))
+
+
+@dataclass(frozen=True)
+class View:
+    """A moment of a run. `fraction` never falls; `curve` is None where nothing new is to be drawn."""
+
+    fraction: float
+    seconds_left: float | None
+    words: str
+    notes: tuple[str, ...]
+    curve: Image.Image | None
+    outcome: Outcome | None
+
+
+@dataclass
+class Watcher:
+    """Turns a job's progress into views."""
+
+    request: EstimateRequest
+    started: float = field(default_factory=time.monotonic)
+    fraction: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    errors: list[tuple[int, float]] = field(default_factory=list)
+    drawn: float = 0.0
+    before: int = 0  # steps of earlier stages
+    part: str = ""
+
+    def see(self, progress: Progress) -> View:
+        words = ""
+        if isinstance(progress, Note):
+            self.notes.append(progress.text)
+            words = progress.text
+        elif isinstance(progress, StepReport):
+            words = self._learning(progress)
+        elif isinstance(progress, Outcome):
+            self.fraction, words = 1.0, "Done."
+        else:
+            self._move(progress.name, progress.done / max(progress.total, 1))
+            words = f"{progress.name}: {progress.done} of {progress.total}"
+        outcome = progress if isinstance(progress, Outcome) else None
+        return View(self.fraction, self._left(), words, tuple(self.notes), self._curve(outcome), outcome)
+
+    def _move(self, phase: str, share: float) -> None:
+        begin, end = BEGINS.get(phase, self.fraction), ENDS.get(phase, self.fraction)
+        self.fraction = max(self.fraction, min(1.0, begin + share * (end - begin)))
+
+    def _learning(self, report: StepReport) -> str:
+        if report.part != self.part:
+            self.before, self.part = (self.losses[-1][0] if self.losses else 0), report.part
+            if self.errors:  # another part is judged by another measure
+                self.errors.append((self.before, math.nan))
+        at = self.before + report.step
+        self.losses.append((at, report.loss))
+        if report.error is not None and math.isfinite(report.error):
+            self.errors.append((at, report.error))
+        self._move("Learning", at / (self.before + report.steps) * (0.9 if not self.before else 1.0))
+        return (
+            f"Learning ({report.part}): step {report.step} of {report.steps}, loss {report.loss:.4f}, "
+            f"error {report.best_error:.4f} (it was {report.start_error:.4f} at the start)"
+        )
+
+    def _left(self) -> float | None:
+        spent = time.monotonic() - self.started
+        return spent / self.fraction - spent if self.fraction > 0.05 else None
+
+    def _curve(self, outcome: Outcome | None) -> Image.Image | None:
+        now = time.monotonic()
+        if not self.losses or (outcome is None and now - self.drawn < CURVE_EVERY):
+            return None
+        self.drawn = now
+        return live_curve(self.losses, self.errors, self._unweighted(outcome))
+
+    def _unweighted(self, outcome: Outcome | None) -> float | None:
+        """The error without weights, where the curve's errors are on its scale: learnt in sentences, they are not."""
+        in_sentences = self.request.use is Use.ANYWHERE and self.request.part in (Part.AUTO, Part.CROSS_ATTENTION)
+        return None if outcome is None or in_sentences else outcome.fidelity.unweighted_error
+
+
+def views(request: EstimateRequest, host: Host, cancel: Cancel) -> Iterator[View]:
+    """Runs an estimate and shows how it goes; the last view has the outcome. Raises what `job.estimate` raises."""
+    watcher = Watcher(request)
+    for progress in estimate(request, host, cancel):
+        yield watcher.see(progress)

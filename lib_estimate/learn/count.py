@@ -1,0 +1,49 @@
+"""How many vectors, where the number is to be found by trial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lib_estimate.hosts.base import Session
+from lib_estimate.learn import plan
+from lib_estimate.learn.fit import Fit
+from lib_estimate.learn.initial import initial_vectors
+from lib_estimate.learn.learning import objective_of, validator
+from lib_estimate.progress import Cancel, Interrupted, Note, Phase
+from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Part, Start, Use
+from lib_estimate.target.recording import Material
+
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+TRIAL_STEPS = 20
+
+
+def starting_vectors(
+    request: EstimateRequest, session: Session, materials: list[Material], cancel: Cancel
+) -> Iterator[Phase | Note]:
+    """The vectors to start from, and where their number was chosen by trial, the error each number left."""
+    if request.vectors != AUTO_VECTORS:
+        return initial_vectors(request, session), {}
+    most = len(next(iter(initial_vectors(replace(request, vectors="init_text"), session).values())))
+    candidates = [*(count for count in COUNTS if count < most), most]
+    denoising, errors = validator(session, materials, Part.UNET), {}
+    trial = replace(plan.DEFAULTS[Part.CROSS_ATTENTION], steps=TRIAL_STEPS)
+    if materials[0].target.composed():
+        trial = replace(plan.DEFAULTS[Part.UNET], steps=TRIAL_STEPS // 4)
+    for number, count in enumerate(candidates):
+        yield Phase("Trying numbers", number, len(candidates))
+        start = initial_vectors(replace(request, vectors=count, start=Start.POOLED), session)
+        objective, validate = objective_of(replace(request, use=Use.WHOLE), session, materials, trial)
+        fit = Fit(trial, replace(request, warmup=0), objective, start, validate, cancel)
+        for _ in fit.run():
+            pass
+        errors[count] = denoising(fit.best)
+        if cancel.wanted is not None:
+            raise Interrupted("Interrupted before the learning began. Nothing was saved.")
+        if errors[count] <= request.tolerance:
+            break
+    good = [count for count, error in errors.items() if error <= request.tolerance]
+    count = good[0] if good else min(errors, key=errors.get)
+    table = ", ".join(f"{n}: {error:.4f}" for n, error in errors.items())
+    yield Note(f"{count} vectors are used. Error by number of vectors, after a short trial: {table}.")
+    return initial_vectors(replace(request, vectors=count, start=Start.POOLED), session), errors

@@ -1,0 +1,193 @@
+"""The loop: steps an optimizer over the vectors, reports, and keeps the best vectors it has seen.
+
+"Best" is measured by a validation that is never learnt from and stays the same, so a lucky batch does not count.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_estimate.errors import EstimateError
+from lib_estimate.files.embedding import Vectors
+from lib_estimate.learn.objectives.base import Objective
+from lib_estimate.learn.plan import Stage
+from lib_estimate.learn.registry import OPTIMIZERS, default_learning_rate, learning_rate_at, make_optimizer
+from lib_estimate.progress import Cancel, StepReport
+from lib_estimate.request import EstimateRequest
+
+CHECKS = 20  # how often at the most the validation error is measured in a run
+WORTHWHILE = 0.995  # an error counts as smaller below this share of the best
+
+
+@dataclass
+class Fit:
+    """One stage of learning. After (or during) `run()`: `best`, `best_error`, `losses`, `steps_run`, `stopped`."""
+
+    stage: Stage
+    request: EstimateRequest
+    objective: Objective
+    start: Vectors
+    validate: Callable[[Vectors], float]
+    cancel: Cancel
+    loss_scale: float = 1.0  # keeps float16 gradients from vanishing on their way back; taken out again
+
+    def __post_init__(self) -> None:
+        self.best = {key: rows.detach().clone() for key, rows in self.start.items()}
+        self.best_error = self.start_error = self.validate(self.best)
+        self.losses: list[float] = []
+        self.steps_run = 0
+        self.stopped = "all steps done"
+        self._answers: list[tuple[list[Tensor], Tensor, list[Tensor]]] = []  # points, losses, gradients of a step
+        self.lightened = False  # whether memory was short, so that it went on with less of it and slower
+
+    def run(self) -> Iterator[StepReport]:
+        request, stage, started = self.request, self.stage, time.perf_counter()
+        vectors = {key: rows.detach().clone().requires_grad_(True) for key, rows in self.start.items()}
+        average = {key: rows.detach().clone() for key, rows in vectors.items()}
+        rate_at, entry = rates(stage, request.warmup), OPTIMIZERS[stage.optimizer]
+        optimizer = make_optimizer(stage.optimizer, list(vectors.values()), rate_at(0))
+        generator = torch.Generator().manual_seed(request.seed)
+        drawn = self.objective.draw(generator, True) if entry.closure else None
+        every, since_better = max(1, math.ceil(stage.steps / CHECKS)), 0
+        # Reading a loss off a GPU makes the CPU wait for it, so there it is done only where a check is due anyway.
+        report_every = 1 if next(iter(vectors.values())).device.type == "cpu" else every
+        pending: list[Tensor] = []
+
+        for step in range(stage.steps):
+            # learning rate, one optimizer step
+            rate = rate_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            if not entry.closure:
+                drawn = self.objective.draw(generator, False)
+            pending.append(self._optimizer_step(optimizer, entry.closure, vectors, drawn))
+            _update_average(average, vectors, request.ema)
+            self.steps_run = step + 1
+            last = step + 1 == stage.steps or self.cancel.wanted is not None
+            if (step + 1) % report_every and not last:
+                continue
+
+            # losses, validation
+            self.losses += torch.stack(pending).tolist()
+            pending.clear()
+            if not all(map(math.isfinite, self.losses[-report_every:])):
+                self._not_finite(step)
+                break
+            error = None
+            if (step + 1) % every == 0 or last:
+                before = self.best_error
+                error = self._check(average)
+                # While a falling learning rate is high, an error that stays says nothing about where it will end.
+                settling = stage.schedule == "constant" or step + 1 > stage.steps / 2
+                since_better = 0 if error < WORTHWHILE * before or not settling else since_better + 1
+            seconds = time.perf_counter() - started
+            left = seconds / (step + 1) * (stage.steps - step - 1)
+            part, loss = stage.part.value, self.losses[-1]
+            yield StepReport(
+                part, step + 1, stage.steps, loss, rate, seconds, left, error, self.best_error, self.start_error
+            )
+
+            # reasons to stop
+            if self.cancel.wanted is not None:
+                if error is None:
+                    self._check(average)
+                self.stopped = "interrupted"
+                break
+            if request.patience and since_better >= request.patience:
+                self.stopped = f"the error has not fallen in {since_better * every} steps"
+                break
+
+    def _check(self, vectors: Vectors) -> float:
+        """Measures the validation error; the best vectors are kept."""
+        error = self.validate(vectors)
+        if error < self.best_error:
+            self.best_error = error
+            self.best = {key: rows.clone() for key, rows in vectors.items()}
+        return error
+
+    def _optimizer_step(self, optimizer: torch.optim.Optimizer, closure: bool, vectors: Vectors, drawn: Any) -> Tensor:
+        """One step; returns the loss before it, a scalar."""
+        if closure:
+            return optimizer.step(self._closure(optimizer, vectors, drawn)).detach()
+        loss = self._gradients(optimizer, vectors, drawn)
+        optimizer.step()
+        return loss
+
+    def _closure(self, optimizer: torch.optim.Optimizer, vectors: Vectors, drawn: Any) -> Callable[[], Tensor]:
+        """The loss and its gradient for an optimizer that asks for them several times in a step.
+
+        A step begins at the point of the line search that the one before chose, so its first answer is known already.
+        """
+        rows = list(vectors.values())
+        before, self._answers = self._answers, []
+
+        def evaluate() -> Tensor:
+            known = (answer for answer in before if all(map(torch.equal, answer[0], rows)))
+            answer = None if self._answers else next(known, None)
+            if answer is None:
+                loss = self._gradients(optimizer, vectors, drawn)
+                answer = [row.detach().clone() for row in rows], loss, [row.grad for row in rows]
+            self._answers.append(answer)
+            for row, gradient in zip(rows, answer[2], strict=True):
+                row.grad = gradient
+            return answer[1]
+
+        return evaluate
+
+    def _gradients(self, optimizer: torch.optim.Optimizer, vectors: Vectors, drawn: Any) -> Tensor:
+        """The loss, a scalar, and its gradient in the vectors."""
+        loss = self._backward(optimizer, vectors, drawn)
+        rows = list(vectors.values())
+        if self.loss_scale != 1:
+            for row in rows:
+                row.grad /= self.loss_scale
+        if self.request.clip_gradient:
+            torch.nn.utils.clip_grad_norm_(rows, self.request.clip_gradient)
+        return loss
+
+    def _backward(self, optimizer: torch.optim.Optimizer, vectors: Vectors, drawn: Any) -> Tensor:
+        """The loss, and its scaled gradient. Where memory runs out, again with less of it at once."""
+        while True:
+            optimizer.zero_grad()
+            loss = torch.zeros((), device=next(iter(vectors.values())).device)
+            try:
+                for part in self.objective.losses(vectors, drawn):
+                    (part * self.loss_scale).backward()
+                    loss += part.detach()
+                return loss
+            except torch.cuda.OutOfMemoryError:
+                if not self.objective.lighten():
+                    raise
+            self.lightened = True
+            torch.cuda.empty_cache()
+
+    def _not_finite(self, step: int) -> None:
+        if not math.isfinite(self.best_error):
+            raise EstimateError(
+                "The loss is not a number from the start: the model gives no usable numbers in this number format. "
+                "Use --dtype float32 or bfloat16."
+            )
+        self.stopped = (
+            f"the loss was not a number at step {step + 1}; the best vectors before it were kept. "
+            "Use a lower learning rate, or --dtype float32"
+        )
+
+
+def rates(stage: Stage, warmup: int) -> Callable[[int], float]:
+    """The learning rate of each step, counted from 0."""
+    rate = stage.learning_rate or str(default_learning_rate(stage.optimizer))
+    return learning_rate_at(rate, stage.schedule, warmup, stage.steps)
+
+
+@torch.no_grad()
+def _update_average(average: Vectors, vectors: Vectors, share: float) -> None:
+    """average <- share * average + (1 - share) * vectors; a share of 0 copies."""
+    for key, rows in vectors.items():
+        average[key].lerp_(rows.detach(), 1 - share)

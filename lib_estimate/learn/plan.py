@@ -1,0 +1,103 @@
+"""Which stages a request is learnt in, from what and with what settings: where 'auto' and blanks become numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from lib_estimate.files.embedding import Vectors
+from lib_estimate.learn.registry import LBFGS_EVALUATIONS
+from lib_estimate.request import AUTO, EstimateRequest, Part, Use
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the learning loop. A rate in shares of the vectors' size becomes a learning rate when it starts."""
+
+    part: Part
+    optimizer: str
+    learning_rate: str
+    schedule: str
+    steps: int
+    share: float = 0.0
+
+    def sized(self, vectors: Vectors) -> Stage:
+        """The stage with its learning rate for vectors `[N, C]` of this size (root mean square of all numbers).
+
+        Adam moves every number by about the learning rate, so what is a small step depends on how large they are, and
+        that differs between text encoders: 0.014 in SD1's token table, several times as much in others.
+        """
+        if self.learning_rate or not self.share:
+            return self
+        size = torch.cat([rows.detach().float().flatten() for rows in vectors.values()]).square().mean().sqrt()
+        return replace(self, learning_rate=f"{self.share * size.item():.2g}")
+
+    def record(self) -> dict:
+        return {key: value for key, value in asdict(self).items() if key != "share"} | {"part": self.part.value}
+
+
+LBFGS = "LBFGS"
+
+DEFAULTS = {
+    Part.TRANSFORMER: Stage(Part.TRANSFORMER, "Adam", "", "cosine", 300, share=0.08),
+    # L-BFGS sees the same few latents, or queries, at every step: a smooth, deterministic problem, which is what it is
+    # best at.
+    Part.UNET: Stage(Part.UNET, LBFGS, "1", "constant", 48),
+    Part.CROSS_ATTENTION: Stage(Part.CROSS_ATTENTION, LBFGS, "1", "constant", 80),
+}
+# Fresh sentences at every step are noise to L-BFGS.
+IN_SENTENCES = Stage(Part.CROSS_ATTENTION, "Adam", "", "cosine", 300, share=0.05)
+POLISH = Stage(Part.UNET, LBFGS, "1", "constant", 20)
+POLISH_IN_SENTENCES = Stage(Part.UNET, "Adam", "", "cosine", 80, share=0.05)
+
+
+def stages(request: EstimateRequest, *, composed: bool, steady: bool) -> list[Stage]:
+    """The stages of a request, in order.
+
+    composed: the prompt has AND, which cross-attention can't express. steady: it is the same at every step. What the
+    user has set goes for the first stage, which is the main one.
+    """
+    first, *rest = _planned(request, composed, steady)
+    if request.optimizer != AUTO and request.optimizer != first.optimizer:
+        first = _with_optimizer(first, request.optimizer)
+    stages = [
+        replace(
+            first,
+            learning_rate=request.learning_rate or first.learning_rate,
+            schedule=first.schedule if request.schedule == AUTO else request.schedule,
+        ),
+        *rest,
+    ]
+    return _limited(stages, request.steps) if request.steps else stages
+
+
+def _with_optimizer(stage: Stage, optimizer: str) -> Stage:
+    """The stage with another optimizer, at that one's own learning rate, with as many evaluations of the loss."""
+    per_step = {LBFGS: LBFGS_EVALUATIONS}
+    steps = stage.steps * per_step.get(stage.optimizer, 1) // per_step.get(optimizer, 1)
+    return replace(stage, optimizer=optimizer, learning_rate="", share=0.0, steps=max(1, steps))
+
+
+def _limited(stages: list[Stage], steps: int) -> list[Stage]:
+    """The stages with as many steps in all, each with the share it would have had, and at least one."""
+    main, *rest = stages[:steps]
+    planned = sum(stage.steps for stage in stages)
+    rest = [replace(stage, steps=max(1, round(steps * stage.steps / planned))) for stage in rest]
+    return [replace(main, steps=steps - sum(stage.steps for stage in rest)), *rest]
+
+
+def in_sentences(request: EstimateRequest, *, steady: bool) -> bool:
+    """Whether the vectors are learnt in random sentences; only a prompt that is the same at every step can be."""
+    return steady and request.use is Use.ANYWHERE and request.part in (Part.AUTO, Part.CROSS_ATTENTION)
+
+
+def _planned(request: EstimateRequest, composed: bool, steady: bool) -> list[Stage]:
+    if request.part is Part.CROSS_ATTENTION or (request.part is Part.AUTO and not composed):
+        first, polish = (
+            (IN_SENTENCES, POLISH_IN_SENTENCES)
+            if in_sentences(request, steady=steady and not composed)
+            else (DEFAULTS[Part.CROSS_ATTENTION], POLISH)
+        )
+        return [first, polish] if request.part is Part.AUTO else [first]
+    return [DEFAULTS[Part.UNET if request.part is Part.AUTO else request.part]]

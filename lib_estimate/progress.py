@@ -1,0 +1,56 @@
+"""What a running job tells whoever started it, and how that one stops it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lib_estimate.errors import EstimateError
+
+
+class Interrupted(EstimateError):
+    """The user stopped the run and nothing is to be saved."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Progress of a part of the job that is not the learning itself."""
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence the user should read."""
+
+    text: str
+
+
+class Cancel:
+    """How somebody stops a run: keep the best vectors so far, or drop everything."""
+
+    def __init__(self) -> None:
+        self.wanted: str | None = None
+
+    def save(self) -> None:
+        self.wanted = "save"
+
+    def discard(self) -> None:
+        self.wanted = "discard"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One learning step. `error` is set where the validation error was measured."""
+
+    part: str
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    seconds_left: float
+    error: float | None
+    best_error: float
+    start_error: float  # of the vectors the stage started from

@@ -1,0 +1,1 @@
+"""How close an embedding came: figures and pictures on noise and in sentences never learnt from."""

@@ -1,0 +1,164 @@
+"""A bank: what the model does under the target, recorded once, on latents a generation really passes through.
+
+An entry carries its own target eps. So a prompt that changes with the step (editing), is composed (AND) or spans
+several chunks is only another kind of entry: whatever it is made of, the U-Net's answer to it is one eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib_estimate.hosts.base import Conditioning, Session, StepConditioning, Trajectory, Watch, compose
+from lib_estimate.request import EstimateRequest
+from lib_estimate.target.target import Target
+
+# Noise of the parts of the bank never overlaps: each takes its seeds from a region of its own.
+TRAIN, VALIDATION, HELD_OUT, PICTURES = range(4)
+CHUNK = 16  # latents through the U-Net at once where no gradient is kept
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Noisy latents and what the U-Net should say there.
+
+    x `[M, c, h, w]`, timestep `[M]`, step `[M]` (number of the sampling step), target eps `[M, c, h, w]`. What only
+    measuring needs, else None: the eps of the empty prompt, and of the prompt without weights if it has any.
+    """
+
+    x: Tensor
+    timestep: Tensor
+    step: Tensor
+    target: Tensor
+    empty: Tensor | None
+    plain: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def latent_noise(request: EstimateRequest, session: Session, region: int, count: int) -> Tensor:
+    """Starting noise `[count, c, h, w]`; the same for the same seed and region, on every device."""
+    info = session.info
+    width, height = ((side or info.default_size) // info.latent_scale for side in (request.width, request.height))
+    noise = []
+    for index in range(count):
+        generator = torch.Generator().manual_seed((request.seed * 4 + region) * 1009 + index)
+        noise.append(torch.randn(info.latent_channels, height, width, generator=generator))
+    return torch.stack(noise).to(info.device)
+
+
+def build_bank(
+    session: Session,
+    target: Target,
+    noise: Tensor,
+    cfg_scale: float,
+    *,
+    steps: int | None = None,
+    offset: float = 0.0,
+    references: bool = True,
+    plain: bool = True,
+    watch: Watch | None = None,
+) -> Iterator[int | Bank]:
+    """Samples under the target from noise `[B, c, h, w]` and records what it meets, S x B entries.
+
+    Yields the number of each sampling step done, and last the Bank. With `steps` it takes fewer than the target's.
+    `references` and `plain`: whether to record the eps of the empty prompt and of the prompt without weights.
+    """
+    chosen = _spread(len(target.guidance), steps or len(target.guidance))
+    guidance = [target.guidance[step] for step in chosen]
+    path: Trajectory | None = None
+    for progress in session.sample(
+        noise, guidance, cfg_scale, offset=offset, watch=watch, watch_negative=target.negative
+    ):
+        if isinstance(progress, Trajectory):
+            path = progress
+        else:
+            yield progress
+    assert path is not None
+    seeds = path.x.shape[1]
+    x, timestep = path.x.flatten(0, 1), path.timestep.repeat_interleave(seeds)
+    step = torch.tensor(chosen).repeat_interleave(seeds)
+    own, other = (path.negative, path.positive) if target.negative else (path.positive, path.negative)
+    empty = unweighted = None
+    if references:
+        empty = other.flatten(0, 1) if _other_is_empty(target) else noise_under(session, x, timestep, target.empty)
+    if references and plain and target.plain is not None:
+        unweighted = guided_noise(session, x, timestep, step, target.plain, target.negative)
+    yield Bank(x=x, timestep=timestep, step=step, target=own.flatten(0, 1), empty=empty, plain=unweighted)
+
+
+def joined(banks: Sequence[Bank]) -> tuple[Bank, Tensor]:
+    """One bank of several, by sampling step, and the order `[M]` in which it has the entries of all of them."""
+    order = torch.cat([bank.step for bank in banks]).argsort(stable=True)
+
+    def rows(field: str) -> Tensor | None:
+        pieces = [getattr(bank, field) for bank in banks]
+        return None if pieces[0] is None else torch.cat(pieces)[order]
+
+    return Bank(*map(rows, ("x", "timestep", "step", "target", "empty", "plain"))), order
+
+
+def _spread(available: int, count: int) -> list[int]:
+    """`count` of `available` steps, evenly from the first on."""
+    return [step * available // count for step in range(count)]
+
+
+def _other_is_empty(target: Target) -> bool:
+    """Whether the prompt on the other side of CFG is empty, so that its eps is the empty prompt's."""
+    others = [[c for _, c in g.positive] if target.negative else [g.negative] for g in target.guidance]
+    return all(len(o) == 1 and o[0].same_as(target.empty) for o in others)
+
+
+@torch.no_grad()
+def noise_under(session: Session, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    """eps `[M, c, h, w]` of latents x `[M, c, h, w]` under one conditioning, or one each; fewer at once where memory is
+    short."""
+    at_once, given = CHUNK, conditioning.expand(len(x))
+    while True:
+        pieces = [slice(first, first + at_once) for first in range(0, len(x), at_once)]
+        try:
+            return torch.cat([session.predict_noise(x[at], timestep[at], given.rows(at)) for at in pieces])
+        except torch.cuda.OutOfMemoryError:
+            if at_once == 1:
+                raise
+        at_once //= 2
+        torch.cuda.empty_cache()
+
+
+def guided_noise(
+    session: Session, x: Tensor, timestep: Tensor, step: Tensor, guidance: Sequence[StepConditioning], negative: bool
+) -> Tensor:
+    """eps `[M, c, h, w]` of what stands in the embedding's place, at each latent's own sampling step."""
+    out = torch.empty_like(x)
+    for first, given, last in _runs(guidance, negative):
+        at = ((step >= first) & (step < last)).nonzero()[:, 0].to(x.device)
+        if not len(at):
+            continue
+        under = noise_under(session, x[at], timestep[at], given.negative) if negative or _composed(given) else x[at]
+        if negative:
+            out[at] = under
+        else:
+            out[at] = compose([(w, noise_under(session, x[at], timestep[at], c)) for w, c in given.positive], under)
+    return out
+
+
+def _composed(given: StepConditioning) -> bool:
+    return len(given.positive) != 1 or given.positive[0][0] != 1.0
+
+
+def _runs(guidance: Sequence[StepConditioning], negative: bool) -> Iterator[tuple[int, StepConditioning, int]]:
+    """(first step, conditioning, step after the last) of stretches where what counts doesn't change."""
+
+    def key(given: StepConditioning) -> tuple[int, ...]:
+        positive = () if negative else tuple(id(c) for _, c in given.positive)
+        return (*positive, id(given.negative) if negative or _composed(given) else 0)
+
+    first = 0
+    for step in range(1, len(guidance) + 1):
+        if step == len(guidance) or key(guidance[step]) != key(guidance[first]):
+            yield first, guidance[first], step
+            first = step

@@ -1,0 +1,123 @@
+"""The target: what the model is told under the prompt, at every sampling step, and what stands in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lib_estimate.errors import RequestError
+from lib_estimate.files.embedding import Vectors
+from lib_estimate.hosts.base import Conditioning, PromptPart, Session, StepConditioning
+from lib_estimate.request import HOLE, EstimateRequest
+from lib_estimate.request import Target as Which
+
+PartConditionings = list[tuple[PromptPart, dict[str, Conditioning]]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The conditionings of a generation with the prompt, and what stands for 'nothing' and 'no emphasis'.
+
+    The prompt may stand in a sentence; then the embedding stands there in its place.
+    """
+
+    guidance: tuple[StepConditioning, ...]  # per sampling step
+    plain: tuple[StepConditioning, ...] | None  # the same without weights; None where the prompt has none
+    empty: Conditioning
+    negative: bool  # whether the negative prompt is what becomes the embedding
+    frame: str  # the sentence, with the session's placeholder where the embedding stands
+
+    def embed(self, session: Session, vectors: Vectors) -> Conditioning:
+        """The conditioning of the embedding in its sentence; gradients reach the vectors."""
+        return session.encode([self.frame], vectors)
+
+    def with_embedding(self, embedding: Conditioning) -> tuple[StepConditioning, ...]:
+        """The guidance with the embedding in the place of the text it stands for."""
+        if self.negative:
+            return tuple(StepConditioning(step.positive, embedding) for step in self.guidance)
+        return tuple(StepConditioning(((1.0, embedding),), step.negative) for step in self.guidance)
+
+    def wanted(self, step: int) -> tuple[tuple[float, Conditioning], ...]:
+        """The weighted conditionings in the embedding's place at a sampling step."""
+        given = self.guidance[step]
+        return ((1.0, given.negative),) if self.negative else given.positive
+
+    def composed(self) -> bool:
+        """Whether AND puts several conditionings into the embedding's place."""
+        return any(len(w) != 1 or w[0][0] != 1.0 for w in map(self.wanted, range(len(self.guidance))))
+
+    def single(self) -> Conditioning | None:
+        """The one conditioning that is in force at every step, or None where there are several."""
+        steps = range(len(self.guidance))
+        first = self.wanted(0)[0][1]
+        same = not self.composed() and all(self.wanted(step)[0][1] is first for step in steps)
+        return first if same else None
+
+
+@torch.no_grad()
+def build_target(request: EstimateRequest, session: Session, sentence: str = HOLE) -> Target:
+    """Encodes the prompts of a request, in a sentence, once for every step where they change."""
+    steps, is_negative = request.sampling_steps, request.target is Which.NEGATIVE
+    texts = [request.prompt, request.negative]
+    texts[is_negative] = sentence.replace(HOLE, request.text)
+    positive, negative = session.read(texts[0], steps), session.read(texts[1], steps, negative=True)
+    frame = _frame(session, sentence, is_negative)
+    guidance = _guidance(_encode(session, positive), _encode(session, negative, negative=True), steps)
+    unweighted = _guidance(
+        _encode(session, positive, weighted=is_negative),
+        _encode(session, negative, weighted=not is_negative, negative=True),
+        steps,
+    )
+    own = session.token_vectors(request.text) if sentence != HOLE and _simple(positive, negative) else {}
+    if own and 0 < max(map(len, own.values())) <= session.info.chunk_length:
+        # Only the prompt's own weights are left out, not the sentence's.
+        plain = session.encode([frame], own)
+        unweighted = Target(guidance, None, plain, is_negative, frame).with_embedding(plain)
+    target = Target(guidance, unweighted, session.encode([""], negative=is_negative), is_negative, frame)
+    return target if _differ(target) else Target(guidance, None, target.empty, is_negative, frame)
+
+
+def _simple(*prompts: Sequence[PromptPart]) -> bool:
+    """Whether every prompt is one text at all steps."""
+    return all(len(parts) == 1 and len(parts[0].texts) == 1 for parts in prompts)
+
+
+def _frame(session: Session, sentence: str, negative: bool) -> str:
+    parts = session.read(sentence.replace(HOLE, session.placeholder), 2, negative=negative)
+    if len(parts) != 1 or len(parts[0].texts) != 1:
+        raise RequestError(f"The sentence {sentence!r} changes from step to step or has AND: give a plain one.")
+    return parts[0].texts[0][1]
+
+
+def _differ(target: Target) -> bool:
+    """Whether the prompt's weights change what the U-Net is told."""
+    plain = Target(target.plain or (), None, target.empty, target.negative, target.frame)
+    for step in range(len(target.guidance)):
+        for (_, a), (_, b) in zip(target.wanted(step), plain.wanted(step), strict=True):
+            if not a.same_as(b):
+                return True
+    return False
+
+
+def _encode(
+    session: Session, parts: Sequence[PromptPart], *, weighted: bool = True, negative: bool = False
+) -> PartConditionings:
+    """Each part's texts with their conditionings. The texts of one schedule are encoded together, as a webui does."""
+    out: PartConditionings = []
+    for part in parts:
+        texts = list(dict.fromkeys(text for _, text in part.texts))
+        encoded = session.encode(texts, weighted=weighted, together=True, negative=negative)
+        out.append((part, {text: encoded.rows(slice(i, i + 1)) for i, text in enumerate(texts)}))
+    return out
+
+
+def _guidance(positive: PartConditionings, negative: PartConditionings, steps: int) -> tuple[StepConditioning, ...]:
+    part, conditionings = negative[0]
+    return tuple(
+        StepConditioning(
+            tuple((p.weight, known[p.text_at(step)]) for p, known in positive), conditionings[part.text_at(step)]
+        )
+        for step in range(steps)
+    )

@@ -1,0 +1,242 @@
+"""The tab: what its fields make, and a real browser that uses it."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from lib_estimate.errors import RequestError
+from lib_estimate.files import reading
+from lib_estimate.interfaces import fields, standalone_tab
+from lib_estimate.interfaces import tab as tab_module
+from lib_estimate.request import AUTO_VECTORS, EstimateRequest, ModelOptions, Part, Target, Use
+from tests.conftest import SHAPES_SD
+from tests.interfaces import browser
+
+PROMPT = "a (red:1.6) circle"
+
+
+class Shell:
+    """A program that has nothing."""
+
+    live = True
+
+    def start_values(self) -> dict:
+        return {"part": "unet"}
+
+    def embeddings_folder(self) -> str:
+        return "somewhere"
+
+    def send_buttons(self) -> tuple:
+        return ("txt2img", "img2img")
+
+    def interrupted(self) -> bool:
+        return False
+
+
+@pytest.fixture(scope="module")
+def tab() -> tab_module.Tab:
+    made = tab_module.Tab(Shell())
+    with tab_module.gr.Blocks():
+        made.lay_out()
+    return made
+
+
+def values(tab: tab_module.Tab, **changes) -> dict:
+    return {name: component.value for name, component in tab.fields.items()} | changes
+
+
+def test_every_field_of_the_request_is_in_the_tab_or_left_out_for_a_reason(tab) -> None:
+    known = {item.name for item in dataclasses.fields(EstimateRequest)}
+    assert set(tab.fields) - {"vector_count"} == known - set(fields.LEFT_OUT)
+    assert set(fields.LEFT_OUT) <= known
+
+
+def test_untouched_fields_make_the_default_request(tab) -> None:
+    made = fields.request_from(values(tab, part=fields.WORDS["auto"]))
+    assert made == EstimateRequest()
+
+
+def test_a_program_may_begin_with_other_values(tab) -> None:
+    assert fields.request_from(values(tab)).part is Part.UNET
+
+
+def test_fields_make_the_request_they_say(tab) -> None:
+    made = fields.request_from(
+        values(
+            tab, prompt=PROMPT, negative="blurry", name=" my char ", target="Negative prompt", use="In this sentence",
+            sentence="a photo of {}\n\n{} at night ", vectors=fields.COUNTS[fields.NUMBER], vector_count=9, steps=12,
+            optimizer="SGD", learning_rate="0.005:100, 1e-3", overwrite=True, cfg_scale=7.5,
+        )
+    )  # fmt: skip
+    assert made.target is Target.NEGATIVE
+    assert made.use is Use.SENTENCE
+    assert made.sentence == ("a photo of {}", "{} at night")
+    assert (made.vectors, made.steps, made.name, made.cfg_scale) == (9, 12, "my char", 7.5)
+    assert made.validate().overwrite is True
+    assert fields.request_from(values(tab, vectors=fields.COUNTS[AUTO_VECTORS])).vectors == AUTO_VECTORS
+
+
+def test_what_is_out_of_range_is_refused_by_the_request(tab) -> None:
+    with pytest.raises(RequestError, match="seed"):
+        fields.request_from(values(tab, prompt=PROMPT, seed=-1)).validate()
+
+
+def test_sliders_reach_their_defaults(tab) -> None:
+    sliders = [c for c in tab.fields.values() if isinstance(c, tab_module.gr.Slider)]
+    assert len(sliders) > 3
+    for slider in sliders:
+        steps = (slider.value - slider.minimum) / slider.step
+        assert steps == pytest.approx(round(steps)), slider.label
+
+
+def test_sentences_name_what_is_in_the_tab() -> None:
+    said = {
+        "allow overwriting (--overwrite).": "allow overwriting (“Overwrite an existing embedding of this name”).",
+        "Use --use whole.": "Use “As the whole prompt”.",
+        "give it as --sentence 'a {}'.": "give it as “The sentence, with {} for the word (one per line)” 'a {}'.",
+        "Use --dtype float32; runs with --medvram": "Use --dtype float32; runs with --medvram",
+    }
+    assert {sentence: fields.in_the_tab(sentence) for sentence in said} == said
+
+
+def test_a_run_that_fails_takes_down_older_results(tab, monkeypatch, tmp_path) -> None:
+    refused = list(tab._run(list(values(tab, prompt="").values())))[-1]
+    assert refused[1] == refused[2] == tab_module.gr.update()  # nothing has begun: what is there still holds
+
+    monkeypatch.setattr(tab.shell, "host", lambda: 1 / 0, raising=False)
+    first, last = tab._run(list(values(tab, prompt=PROMPT, name="x").values()))
+    for shown in (first, last):
+        assert shown[1] == shown[2] == tab_module.gr.update(value=None)
+    assert "ZeroDivisionError" in last[3]
+
+
+def test_element_ids_are_ours_and_unique(tab) -> None:
+    blocks = tab_module.build(Shell())
+    ids = [block.elem_id for block in blocks.blocks.values() if getattr(block, "elem_id", None)]
+    assert len(ids) == len(set(ids))
+    assert all(name.startswith("embedding_estimate_") for name in ids)
+    interactive = [b for b in blocks.blocks.values() if type(b).__name__ in ("Button", "Textbox", "Slider", "Radio")]
+    assert all(block.elem_id for block in interactive)
+
+
+def test_labels_are_unique_as_the_webui_remembers_values_by_them(tab) -> None:
+    labels = [component.label for component in tab.fields.values()]
+    assert len(labels) == len(set(labels))
+
+
+def test_an_interrupt_without_a_run_is_forgotten(tab) -> None:
+    tab._stop("discard")
+    assert tab.cancel is None
+
+
+def test_a_wrong_value_becomes_a_sentence(tab) -> None:
+    given = list(values(tab, prompt="").values())
+    *_, shown = tab._run(given)
+    assert "there is nothing to estimate" in shown[3]
+    assert "bad" in shown[3]
+
+
+def test_an_emptied_number_of_vectors_is_refused_in_words(tab) -> None:
+    with pytest.raises(RequestError, match="vectors is 0"):
+        fields.request_from(
+            values(tab, prompt=PROMPT, vectors=fields.COUNTS[fields.NUMBER], vector_count=None)
+        ).validate()
+
+
+def test_values_of_the_settings_page_are_not_remembered_elsewhere(tab) -> None:
+    assert tab.fields["part"].do_not_save_to_config
+    assert not tab.fields["use"].do_not_save_to_config
+
+
+def test_a_run_that_is_forgotten_still_fills_every_output(tab, monkeypatch) -> None:
+    for found in (None, ["too", "few"]):
+        monkeypatch.setattr(tab.shell, "restore", lambda task, found=found: found, raising=False)
+        assert len(tab._restore("task(1)")) == len(tab.outputs)
+
+
+def test_a_program_that_fails_to_take_a_file_in_is_a_note(tab, monkeypatch, tmp_path) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(tab.shell, "saved", fail, raising=False)
+    (note,) = tab._taken_in(EstimateRequest(), tmp_path / "x.pt", None, "")
+    assert "is saved" in note
+
+
+def test_counting_tokens_leaves_the_weights_of_a_run_frozen(tmp_path) -> None:
+    shell = standalone_tab.StandaloneShell(ModelOptions(model=str(SHAPES_SD), device="cpu"), str(tmp_path))
+    with shell.model.session(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shell.model, "session", None)  # a session of its own would give the weights back
+        assert shell.count_tokens(PROMPT, 20, False) == "3/75"
+        assert not any(p.requires_grad for p in shell.model.parts.unet.parameters())
+
+
+@pytest.fixture
+def served(tmp_path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ModelOptions(model=str(SHAPES_SD), device="cpu")
+    blocks = standalone_tab.launch(options, str(tmp_path), port, browser=False, wait=False)
+    yield f"http://127.0.0.1:{port}"
+    blocks.close()
+
+
+@pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason="no chromium and chromedriver")
+def test_in_a_browser(served, tmp_path) -> None:
+    with browser.page(served) as page:
+        page.fill("prompt", PROMPT)
+        page.until(lambda: "3/75" in page.text("prompt_tokens"))
+        page.fill("name", "inbrowser")
+        page.choose("part", "U-NET")
+        page.choose("use", "As the whole prompt")
+        use_few(page)
+
+        # Interrupt (not save): nothing is left, and it is said.
+        page.click("estimate")
+        page.until(lambda: "Learning" in page.text("progress"))
+        page.click("discard")
+        page.until(lambda: "Nothing was saved" in page.text("result"))
+        assert not list(tmp_path.glob("*.pt"))
+
+        # Interrupt: the best so far is saved; the curve is there.
+        page.click("estimate")
+        page.until(lambda: "step 3" in page.text("progress"))
+        page.until(lambda: page.element("curve", "img"))
+        page.click("interrupt")
+        page.until(lambda: "Saved" in page.text("progress"))
+        first = reading.load(tmp_path / "inbrowser.pt")
+        assert "Write inbrowser in your prompt" in page.text("result")
+        assert page.element("gallery", "img")
+        page.shot(tmp_path / "finished.png")
+
+        # Overwriting is refused, then allowed; this one finishes.
+        page.click("estimate")
+        page.until(lambda: "exists already" in page.text("result"))
+        page.tick("overwrite")
+        page.choose("part", "Transformer")
+        page.click("estimate")
+        page.until(lambda: "Saved" in page.text("progress"))
+        assert not first.vectors["clip_l"].equal(reading.load(tmp_path / "inbrowser.pt").vectors["clip_l"])
+        assert not page.complaints()
+
+
+def use_few(page: browser.Page) -> None:
+    """Few sampling steps and one picture, so that a run is short."""
+    for name in ("learning", "generations"):
+        page.driver.execute_script("arguments[0].querySelector('button, .label-wrap').click()", page.all(name)[0])
+    for name, number in (("sampling_steps", "4"), ("images", "1")):
+        page.driver.execute_script(
+            """
+            const field = arguments[0].querySelector('input[type=number]');
+            Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(field, arguments[1]);
+            field.dispatchEvent(new Event('input', {bubbles: true}));
+            field.dispatchEvent(new Event('blur', {bubbles: true}));
+            """,
+            page.all(name)[0],
+            number,
+        )

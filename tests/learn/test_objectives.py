@@ -1,0 +1,276 @@
+"""Every objective: gradients that are real, a loss that learning lowers, and nothing else that changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from random import Random
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lib_estimate.errors import RequestError
+from lib_estimate.hosts import denoising
+from lib_estimate.hosts.base import Conditioning
+from lib_estimate.learn.initial import initial_vectors
+from lib_estimate.learn.objectives.base import Together
+from lib_estimate.learn.objectives.cross_attention import CrossAttention, InSentences
+from lib_estimate.learn.objectives.denoising import Denoising, DenoisingInSentences
+from lib_estimate.learn.objectives.hidden_state import HiddenState
+from lib_estimate.learn.registry import LOSSES
+from lib_estimate.target.sentences import distinct
+from tests.conftest import all_parameters, record
+
+SENTENCES = ("in sentences", "denoising in sentences")
+PARTS = ("transformer", "unet", "cross-attention", *SENTENCES, "together")
+
+
+def make(part: str, session, request, loss: str = "MSE"):
+    distance, material = LOSSES[loss], record(session, request)
+    if part == "transformer":
+        return HiddenState(session, material.target, distance)
+    if part == "unet":
+        return Denoising(session, material.target, material.bank, material.checks, distance, batch=4)
+    if part == "cross-attention":
+        return CrossAttention(session, material.target, material.queries, distance)
+    if part == "in sentences":
+        return InSentences(session, material.target, material.queries, distance, request.prompt, ())
+    if part == "denoising in sentences":
+        m = material
+        return DenoisingInSentences(session, m.target, m.bank, m.checks, distance, request.prompt, ())
+    other = record(session, request, "a photo of {}, large")
+    pair = [CrossAttention(session, m.target, m.queries, distance) for m in (material, other)]
+    return Together(pair)
+
+
+def learn(objective, vectors: torch.Tensor, steps: int = 12) -> list[float]:
+    """Losses of a few Adam steps on the same entries; the start's first."""
+    vectors = vectors.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([vectors], lr=0.01)
+    drawn = objective.draw(torch.Generator().manual_seed(0), fixed=True)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = objective.loss({"clip_l": vectors}, drawn)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def lowers(objective, session, request) -> bool:
+    losses = learn(objective, initial_vectors(dataclasses.replace(request, init="a blue star"), session)["clip_l"])
+    return losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("part", ["transformer", "unet", "cross-attention"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_learning_lowers_the_loss(part, loss, session, short) -> None:
+    assert lowers(make(part, session, short, loss), session, short)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_cut_gradient_path_would_be_noticed(part, session, short, monkeypatch) -> None:
+    """The test above fails when the vectors no longer reach the loss."""
+    objective = make(part, session, short)
+    encode = session.encode
+
+    def cut(texts, vectors=None, **options):
+        hidden = encode(texts, vectors, **options).hidden
+        return Conditioning(hidden.detach().requires_grad_(True))
+
+    monkeypatch.setattr(session, "encode", cut)
+    assert not lowers(objective, session, short)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_gradients_are_those_of_finite_differences(part, session, short) -> None:
+    objective = make(part, session, short)
+    start = initial_vectors(dataclasses.replace(short, init="a blue star"), session)["clip_l"]
+    drawn = objective.draw(torch.Generator().manual_seed(0), fixed=True)
+    leaf = start.clone().requires_grad_(True)
+    objective.loss({"clip_l": leaf}, drawn).backward()
+    way = torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
+    way /= way.norm()
+    with torch.no_grad():
+        ahead, behind = (objective.loss({"clip_l": start + h * way}, drawn) for h in (1e-2, -1e-2))
+    measured, computed = ((ahead - behind) / 2e-2).item(), (leaf.grad * way).sum().item()
+    assert measured == pytest.approx(computed, rel=0.05, abs=1e-3)
+    assert abs(computed) > 1e-3
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_loss_is_near_zero_at_a_match(part, session, short) -> None:
+    """With a prompt that has no weights its own token vectors are a perfect match."""
+    request = dataclasses.replace(short, prompt="a red circle")
+    objective = make(part, session, request)
+    drawn = objective.draw(torch.Generator().manual_seed(0), fixed=True)
+    with torch.no_grad():
+        match = objective.loss(initial_vectors(request, session), drawn)
+        far = objective.loss(initial_vectors(dataclasses.replace(request, init="red blue star"), session), drawn)
+    assert match < 1e-5
+    assert far > 0.05
+
+
+@pytest.mark.parametrize("part", ["transformer", "cross-attention"])
+def test_the_loss_is_one_at_the_empty_prompt(part, session, short) -> None:
+    objective = make(part, session, short)
+    objective.target = dataclasses.replace(objective.target, frame="", negative=False)
+    with torch.no_grad():
+        object.__setattr__(objective.target, "embed", lambda *_: objective.target.empty)
+        assert objective.loss({}, None).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_in_sentences_the_plain_prompt_has_a_loss_of_one(session, short) -> None:
+    objective = make("in sentences", session, short)
+    objective.FLOOR = 0.0
+    drawn = objective.draw(torch.Generator().manual_seed(0), fixed=False)
+    with torch.no_grad():
+        shares = objective.shares(session.token_vectors("a red circle"), drawn)
+    assert len(shares) == 1 + objective.FRESH
+    assert torch.allclose(shares, torch.ones_like(shares), rtol=1e-3), shares
+
+
+def test_the_plain_prompt_is_the_measure_of_predicted_noise_in_sentences_too(session, short) -> None:
+    objective = make("denoising in sentences", session, short)
+    objective.floor = 0.0
+    drawn = objective.draw(torch.Generator().manual_seed(0), fixed=False)
+    with torch.no_grad():
+        assert objective.loss(session.token_vectors("a red circle"), drawn).item() == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("part", ["unet", "denoising in sentences"])
+def test_one_latent_at_a_time_is_the_same_loss(part, session, short) -> None:
+    objective = make(part, session, short)
+    drawn, start = objective.draw(torch.Generator().manual_seed(0), fixed=True), session.token_vectors("a blue square")
+
+    def loss() -> tuple[float, torch.Tensor, list[int]]:
+        seen, predict = [], session.predict_noise
+        session.predict_noise = lambda x, *given: (seen.append(len(x)), predict(x, *given))[1]
+        vectors = {key: rows.clone().requires_grad_(True) for key, rows in start.items()}
+        try:
+            value = objective.loss(vectors, drawn)
+        finally:
+            del session.predict_noise
+        (gradient,) = torch.autograd.grad(value, list(vectors.values()))
+        return value.item(), gradient, seen
+
+    whole, gradient, together = loss()
+    assert objective.lighten()
+    pieces, same, apart = loss()
+    assert together == [sum(apart)]
+    assert set(apart) == {1}
+    assert pieces == pytest.approx(whole, rel=1e-5)
+    assert torch.allclose(same, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_latents_too_large_to_go_together_are_lightened_by_computing_activations_again(
+    session, short, monkeypatch
+) -> None:
+    saved = []
+    monkeypatch.setattr(session, "save_memory", lambda: not saved.append(1))
+    monkeypatch.setattr(Denoising, "PIXELS_AT_ONCE", 1)
+    assert make("unet", session, short).lighten()
+    assert saved
+
+
+class ReadBack(TorchDispatchMode):
+    """Counts values that Python takes out of tensors: on a GPU it would wait there for all work given out so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_loss_and_its_gradient_read_nothing_back(part, session, short) -> None:
+    objective = make(part, session, short)
+    vectors = {key: rows.clone().requires_grad_(True) for key, rows in session.token_vectors("a blue square").items()}
+    drawn = objective.draw(torch.Generator().manual_seed(0), fixed=False)
+    with ReadBack() as reads:
+        loss = objective.loss(vectors, drawn)
+        loss.backward()
+    assert reads.count == 0
+    with reads:
+        loss.item()
+    assert reads.count == 1
+
+
+@pytest.mark.parametrize("part", SENTENCES)
+def test_sentences_are_fresh_at_every_step_and_never_those_to_avoid(part, session, short) -> None:
+    objective = make(part, session, short)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (objective.draw(generator, fixed=False)[0] for _ in range(2))
+    assert first[0] == second[0] == session.placeholder
+    assert set(first[1:]).isdisjoint(second[1:])
+    known = distinct(Random(0), objective.FIXED, (), session.random_text)
+    objective.avoid = set(known)
+    drawn = objective.draw(generator, fixed=True)[0]
+    assert set(drawn).isdisjoint(s.replace("{}", session.placeholder) for s in known)
+
+
+def test_cross_attention_is_the_unets_own(session, short) -> None:
+    """The layers called with what entered them give what they gave while sampling."""
+    seen, gave = {}, {}
+    modules = denoising.attention_modules(session.parts.unet)
+    handles = [m.register_forward_hook(lambda _, a, out, i=i: gave.setdefault(i, out)) for i, m in enumerate(modules)]
+    target = record(session, dataclasses.replace(short, sampling_steps=2)).target
+    for handle in handles:
+        handle.remove()
+    gave.clear()
+    handles = [m.register_forward_hook(lambda _, a, out, i=i: gave.update({i: out})) for i, m in enumerate(modules)]
+    noise = torch.randn(1, session.info.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    watch = denoising.watching(session.parts.unet, lambda step, layer, hidden: seen.update({layer: hidden}), 0)
+    with watch, torch.no_grad():
+        session.predict_noise(noise, torch.tensor([500]), target.single())
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == len(modules) > 3
+    with torch.no_grad():
+        for index, layer in enumerate(session.cross_attention()):
+            assert torch.allclose(layer(seen[index], target.single().hidden), gave[index], atol=1e-5)
+    assert not any(m._forward_pre_hooks for m in modules)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_stay_bit_equal(part, host, session, short) -> None:
+    before = all_parameters(host)
+    learn(make(part, session, short), initial_vectors(short, session)["clip_l"], steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(before, all_parameters(host), strict=True))
+    assert all(p.grad is None for p in host.parts.unet.parameters())
+    assert all(p.grad is None for p in host.parts.text_encoders[0].model.parameters())
+
+
+def test_steps_see_all_noise_levels(session, short) -> None:
+    objective = make("unet", session, dataclasses.replace(short, trajectories=2))
+    entries = objective.draw(torch.Generator().manual_seed(3), fixed=False)
+    stretch = len(objective.bank) // len(entries)
+    assert (entries // stretch).tolist() == list(range(len(entries)))
+    fixed = [objective.draw(torch.Generator(), fixed=True).tolist() for _ in range(2)]
+    assert fixed[0] == fixed[1]
+
+
+@pytest.mark.parametrize("prompt", ["a [red:blue:0.5] circle", "a circle AND a star", "a circle BREAK a star"])
+def test_what_hidden_states_cannot_express_is_refused(prompt, session, short) -> None:
+    with pytest.raises(RequestError, match="unet part"):
+        make("transformer", session, dataclasses.replace(short, prompt=prompt))
+
+
+def test_cross_attention_refuses_a_composition(session, short) -> None:
+    with pytest.raises(RequestError, match="AND"):
+        make("cross-attention", session, dataclasses.replace(short, prompt="a circle AND a star"))
+
+
+@pytest.mark.parametrize("prompt", ["a [red:(blue:1.4):0.5] circle", "a (red:1.4) circle BREAK a star"])
+def test_cross_attention_follows_what_changes_and_what_is_long(prompt, session, short) -> None:
+    assert lowers(make("cross-attention", session, dataclasses.replace(short, prompt=prompt)), session, short)
+
+
+@pytest.mark.parametrize("prompt", ["a [red:blue:0.5] circle", "a circle AND a star"])
+def test_only_steady_prompts_can_be_learnt_for_anywhere(prompt, session, short) -> None:
+    with pytest.raises(RequestError, match="whole"):
+        make("in sentences", session, dataclasses.replace(short, prompt=prompt))

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lib_estimate.errors import RequestError
+from lib_estimate.hosts.base import compose
+from lib_estimate.request import Target as Which
+from lib_estimate.target.bank import HELD_OUT, TRAIN, build_bank, latent_noise, noise_under
+from lib_estimate.target.target import build_target
+from tests.conftest import record
+
+
+def small_bank(session, request):
+    material = record(session, request)
+    return material.target, material.bank
+
+
+def with_prompt(short, prompt: str, **change):
+    return dataclasses.replace(short, prompt=prompt, **change)
+
+
+def test_entries_hold_what_the_unet_says_under_the_prompt(session, short) -> None:
+    target, bank = small_bank(session, short)
+    wanted = session.encode([short.prompt])
+    assert torch.allclose(bank.target, noise_under(session, bank.x, bank.timestep, wanted), atol=1e-4)
+    assert torch.allclose(bank.empty, noise_under(session, bank.x, bank.timestep, session.encode([""])), atol=1e-4)
+    plain = session.encode(["a red circle"])
+    assert torch.allclose(bank.plain, noise_under(session, bank.x, bank.timestep, plain), atol=1e-4)
+    assert len(bank) == short.sampling_steps
+    assert (bank.timestep.diff() < 0).all()
+
+
+def test_a_prompt_without_weights_has_no_plain_one(session, short) -> None:
+    target, bank = small_bank(session, with_prompt(short, "a red circle"))
+    assert target.plain is None
+    assert bank.plain is None
+
+
+def test_an_edited_prompt_changes_the_target_at_its_step(session, short) -> None:
+    request = with_prompt(short, "a [red:(blue:1.4):0.5] circle")
+    target, bank = small_bank(session, request)
+    first = noise_under(session, bank.x[:4], bank.timestep[:4], session.encode(["a red circle"]))
+    assert torch.allclose(bank.target[:4], first, atol=2e-3)  # encoded with its schedule, so nearly but not quite
+    under_red = noise_under(session, bank.x[4:], bank.timestep[4:], session.encode(["a red circle"]))
+    assert not torch.allclose(bank.target[4:], under_red, atol=2e-3)
+    assert target.single() is None
+
+
+def test_a_composed_prompt_is_one_eps(session, short) -> None:
+    target, bank = small_bank(session, with_prompt(short, "a red circle AND a blue square :0.5"))
+    eps = [noise_under(session, bank.x, bank.timestep, session.encode([t])) for t in ("a red circle", " a blue square")]
+    negative = noise_under(session, bank.x, bank.timestep, session.encode([""]))
+    assert torch.allclose(bank.target, compose([(1.0, eps[0]), (0.5, eps[1])], negative), atol=1e-4)
+    assert target.single() is None
+
+
+def test_a_long_prompt_has_several_chunks(session, short) -> None:
+    target, bank = small_bank(session, with_prompt(short, "a red circle BREAK on a (blue:1.3) background"))
+    assert target.single().hidden.shape[1] == 2 * target.empty.hidden.shape[1]
+    assert torch.isfinite(bank.target).all()
+
+
+def test_a_negative_prompt_is_matched_on_the_negative_side(session, short) -> None:
+    request = dataclasses.replace(short, prompt="a circle", negative="(red:1.5)", target=Which.NEGATIVE)
+    target, bank = small_bank(session, request)
+    wanted = session.encode(["(red:1.5)"])
+    assert torch.allclose(bank.target, noise_under(session, bank.x, bank.timestep, wanted), atol=1e-4)
+    embedding = session.encode(["a star"])
+    assert all(s.negative is embedding for s in target.with_embedding(embedding))
+    assert target.plain is not None
+
+
+def test_a_composition_whose_weights_differ_per_step_matches_its_own_plain(session, short) -> None:
+    request = with_prompt(short, "a (red:1.5) circle AND a [blue:green:0.5] square")
+    target, bank = small_bank(session, request)
+    same = with_prompt(short, "a red circle AND a [blue:green:0.5] square")
+    guidance = build_target(same, session).guidance
+    for step in (0, short.sampling_steps - 1):
+        x, t = bank.x[step : step + 1], bank.timestep[step : step + 1]
+        negative = noise_under(session, x, t, guidance[step].negative)
+        want = compose([(w, noise_under(session, x, t, c)) for w, c in guidance[step].positive], negative)
+        assert torch.allclose(bank.plain[step : step + 1], want, atol=1e-4)
+
+
+def test_parts_of_the_bank_have_noise_of_their_own(session, short) -> None:
+    request = dataclasses.replace(short, trajectories=3)
+    noise = torch.cat([latent_noise(request, session, region, 3) for region in (TRAIN, HELD_OUT)])
+    again = torch.cat([latent_noise(request, session, region, 3) for region in (TRAIN, HELD_OUT)])
+    assert torch.equal(noise, again)
+    assert len({row.sum().item() for row in noise}) == 6
+    other = latent_noise(dataclasses.replace(request, seed=1), session, TRAIN, 3)
+    assert not torch.equal(noise[:3], other)
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 0), (64, 192)])
+def test_latents_have_the_asked_size(session, short, width, height) -> None:
+    request = dataclasses.replace(short, width=width, height=height)
+    info = session.info
+    noise = latent_noise(request, session, TRAIN, 1)
+    wanted = [(side or info.default_size) // info.latent_scale for side in (height, width)]
+    assert list(noise.shape) == [1, info.latent_channels, *wanted]
+
+
+def test_in_a_sentence_only_the_prompts_own_weights_are_left_out(session, short) -> None:
+    target = build_target(short, session, "a (large:1.3) {} on the left")
+    assert torch.equal(
+        target.wanted(0)[0][1].hidden, session.encode(["a (large:1.3) a (red:1.6) circle on the left"]).hidden
+    )
+    plain = session.encode(["a (large:1.3) a red circle on the left"]).hidden
+    assert torch.allclose(target.plain[0].positive[0][1].hidden, plain, atol=1e-5)
+    rows = session.token_vectors("a red circle")
+    assert torch.allclose(target.embed(session, rows).hidden, plain, atol=1e-5)
+
+
+def test_a_sentence_that_changes_is_refused(session, short) -> None:
+    with pytest.raises(RequestError, match="plain one"):
+        build_target(short, session, "a {} [on the left:on the right:0.5]")
+
+
+def test_the_empty_prompts_noise_is_not_computed_twice(session, short, monkeypatch) -> None:
+    """With a blank negative prompt CFG's other side is the empty prompt."""
+    calls = []
+    predict = session.predict_noise
+    monkeypatch.setattr(session, "predict_noise", lambda x, *a: calls.append(len(x)) or predict(x, *a))
+    request = dataclasses.replace(short, prompt="a red circle")
+    noise = latent_noise(request, session, TRAIN, 1)
+    *_, bank = build_bank(session, build_target(request, session), noise, 5.0)
+    assert sum(calls) == 2 * request.sampling_steps
+    monkeypatch.undo()
+    empty = noise_under(session, bank.x, bank.timestep, session.encode([""]))
+    assert torch.allclose(bank.empty, empty, atol=1e-4)
+
+
+def test_a_bank_can_take_fewer_steps(session, short) -> None:
+    request = with_prompt(short, "a [red:blue:0.5] circle")
+    noise = latent_noise(request, session, TRAIN, 1)
+    *_, bank = build_bank(session, build_target(request, session), noise, 5.0, steps=4, offset=-0.5)
+    assert bank.step.tolist() == [0, 2, 4, 6]
+    assert bank.timestep[0] > 750
