@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ from lib_estimate.files import names, writing
 from lib_estimate.files.embedding import FORMATS, Embedding, Vectors
 from lib_estimate.hosts.base import Host, ModelInfo, Session
 from lib_estimate.learn.count import starting_vectors
+from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.learn.learning import Run, learn
-from lib_estimate.learn.objectives.cross_attention import InSentences
-from lib_estimate.learn.registry import LOSSES
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
-from lib_estimate.report.fidelity import Fidelity, measure, report_sentences
-from lib_estimate.request import HOLE, EstimateRequest, Format, Use
-from lib_estimate.target.recording import Material, materials_of
+from lib_estimate.report.fidelity import Fidelity, exact, measure, report_sentences
+from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Use
+from lib_estimate.target.recording import materials_of
 from lib_estimate.target.target import Target, build_target
 
 
@@ -41,6 +41,27 @@ class Outcome:
 
 Progress = Phase | Note | StepReport | Outcome
 
+WENT_BACK = (
+    "As learnt, the vectors did worse somewhere than leaving the weights out, so they go {:.0f}% of the way that was "
+    "learnt."
+)
+STAYED = (
+    "Nothing learnt did better everywhere than leaving the weights out: the embedding is the prompt without "
+    "its weights."
+)
+BACK = (0.75, 0.5, 0.25, 0.0)  # shares of the way from the start, tried where the whole way is worse than the start
+
+
+class Bill:
+    """What the parts of a job cost, in U-Net forward-equivalents: one latent forward 1, with gradient 3."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.forwards = session, {"recording": 0, "learning": 0, "report": 0}
+
+    def charge(self, part: str) -> None:
+        """Puts everything that is on no other part's bill onto this one's."""
+        self.forwards[part] += self.session.forwards - sum(self.forwards.values())
+
 
 def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None) -> Iterator[Progress]:
     """Runs one estimate. Raises EstimateError with a sentence for the user."""
@@ -50,26 +71,43 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
         path = _for_model(path, request, session.info)
         _check_size(request, session.info)
         yield from _notes(request, session)
-        alone = build_target(request, session)
-        materials = yield from materials_of(request, session, alone, cancel)
-        start, counts = yield from starting_vectors(request, session, materials, cancel)
-        run = yield from learn(request, session, materials, start, cancel)
+        alone, bill = build_target(request, session), Bill(session)
+        if _own_tokens_do(request, session, alone):
+            yield Note("The prompt has no weights, so its own tokens are exact: there is nothing to learn.")
+            start, counts = initial_vectors(request, session), {}
+            run, chosen = Run(start, [], [], "the start is exact"), ()
+        else:
+            materials = yield from materials_of(request, session, alone, cancel)
+            bill.charge("recording")
+            start, counts = yield from starting_vectors(request, session, materials, cancel)
+            run = yield from learn(request, session, materials, start, cancel)
+            bill.charge("learning")
+            chosen = report_sentences(request)
         if cancel.wanted == "discard":
             raise Interrupted("Interrupted. Nothing was saved.")
 
-        chosen = report_sentences(request, session)
-        yield from _warnings(request, session, materials[0], run.best, chosen)
         facts = _facts(request, session.info, run, counts)
         try:
-            fidelity = yield from _measured(session, alone, request, run.best, chosen)
+            fidelity = yield from _report(request, session, alone, run, start, chosen)
         except BaseException:  # whatever stops the report, what was learnt must not be lost
             writing.save(Embedding(path.stem, run.best, facts), path, overwrite=request.overwrite)
             raise
-        embedding = Embedding(path.stem, run.best, {**facts, **fidelity.figures()})
+        bill.charge("report")
+        embedding = Embedding(path.stem, run.best, {**facts, **fidelity.figures(), "forwards": bill.forwards})
         writing.save(embedding, path, overwrite=request.overwrite)
         seconds = time.perf_counter() - started
-        record = _record(request, path, session.info, run, counts, fidelity, seconds)
+        record = _record(request, path, session.info, run, counts, fidelity, seconds) | {"forwards": bill.forwards}
     yield Outcome(path, embedding, fidelity, run.losses, record)
+
+
+def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
+    """What an estimate cost, in pictures: each is a forward with the prompt and one with the negative prompt a step."""
+    pictures = {part: count / (2 * sampling_steps) for part, count in forwards.items()}
+    learning = pictures["recording"] + pictures["learning"]
+    return (
+        f"It cost as much as {sum(pictures.values()):.0f} pictures: {learning:.0f} to learn, {pictures['report']:.0f} "
+        f"to report ({sum(forwards.values())} U-Net forwards)."
+    )
 
 
 def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iterator[Phase | Fidelity]:
@@ -77,8 +115,9 @@ def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iter
     with host.session() as session:
         _check_size(request, session.info)
         vectors = fitting_vectors(embedding, session.info)
-        chosen = report_sentences(request, session)
-        yield (yield from _measured(session, build_target(request, session), request, vectors, chosen))
+        target = build_target(request, session)
+        for progress in measure(session, target, request, [lambda: vectors], report_sentences(request)):
+            yield progress if isinstance(progress, Fidelity) else Phase(*progress)
 
 
 def check_destination(request: EstimateRequest) -> Path:
@@ -140,34 +179,53 @@ def fitting_vectors(embedding: Embedding, info: ModelInfo) -> Vectors:
     return {key: r.to(info.device) for key, r in zip(info.widths, rows, strict=True)}
 
 
-def _warnings(
-    request: EstimateRequest, session: Session, material: Material, vectors: Vectors, chosen: Sequence[str]
-) -> Iterator[Note]:
-    """Says before saving in which sentences the embedding would do worse than the prompt without its weights.
-
-    By cross-attention outputs, without the U-Net: it catches what is bad, and sometimes warns of what is not.
-    """
-    if request.use is Use.WHOLE or material.target.single() is None or material.target.plain is None:
-        return
-    check = InSentences(session, material.target, material.queries, LOSSES["MSE"], request.text, ())
-    check.FLOOR = 1e-4
-    drawn = check.prepared([HOLE, *chosen], torch.Generator().manual_seed(request.seed))
+def _own_tokens_do(request: EstimateRequest, session: Session, alone: Target) -> bool:
+    """Whether the vectors to start from say exactly what the prompt does, wherever the word is meant to stand."""
+    wanted = alone.single()
+    if wanted is None or alone.plain is not None or request.vectors == AUTO_VECTORS:
+        return False
+    start = initial_vectors(request, session)
+    tokens = session.token_vectors(request.text)
+    if request.use is not Use.WHOLE and any(len(start[key]) != len(rows) for key, rows in tokens.items()):
+        return False
     with torch.no_grad():
-        shares = check.shares(vectors, drawn)[1:].tolist()
-    bad = [sentence for sentence, share in zip(chosen, shares, strict=True) if share > 1]
-    if bad:
-        yield Note(
-            f"In sentences such as {bad[0]!r} the prompt without its weights may come closer than the embedding."
-        )
+        return alone.embed(session, start).close_to(wanted)
 
 
-def _measured(
-    session: Session, target: Target, request: EstimateRequest, vectors: Vectors, chosen: Sequence[str]
-) -> Iterator[Phase]:
-    for progress in measure(session, target, request, vectors, chosen):
-        if isinstance(progress, Fidelity):
-            return progress
-        yield Phase(*progress)
+def _report(
+    request: EstimateRequest, session: Session, alone: Target, run: Run, start: Vectors, chosen: Sequence[str]
+) -> Iterator[Phase | Note]:
+    """The Fidelity of what was learnt. Where leaving the weights out does better, the vectors go back towards the
+    start; `run` then has those."""
+    if not run.stages:
+        return exact(alone, chosen)
+
+    def taken_back(share: float) -> Vectors:
+        return {key: torch.lerp(start[key], rows, share) for key, rows in run.best.items()}
+
+    shares = [1.0, *(BACK if _starts_as_the_prompt(request, session, start) else ())]
+    ways = [partial(taken_back, share) for share in shares]
+    for progress in measure(session, alone, request, ways, chosen):
+        if not isinstance(progress, Fidelity):
+            yield Phase(*progress)
+            continue
+        fidelity = progress
+    share = shares[fidelity.taken]
+    if share < 1:
+        run.best = ways[fidelity.taken]()
+        yield Note(WENT_BACK.format(100 * share) if share else STAYED)
+    worse = [s.sentence for s in fidelity.sentences if s.worse()]
+    if worse:
+        yield Note(f"In sentences such as {worse[0]!r} the prompt without its weights comes closer than the embedding.")
+    return fidelity
+
+
+def _starts_as_the_prompt(request: EstimateRequest, session: Session, start: Vectors) -> bool:
+    """Whether the start is the prompt without its weights, so that going back there leaves just them out."""
+    tokens = session.token_vectors(request.text)
+    return all(
+        len(start[key]) >= len(rows) and torch.equal(start[key][: len(rows)], rows) for key, rows in tokens.items()
+    )
 
 
 def _facts(request: EstimateRequest, info: ModelInfo, run: Run, counts: dict[int, float]) -> dict[str, Any]:

@@ -34,6 +34,12 @@ class Use(str, Enum):
     SENTENCE = "sentence"
 
 
+class Effort(str, Enum):
+    QUICK = "quick"
+    NORMAL = "normal"
+    BEST = "best"
+
+
 class Start(str, Enum):
     TEXT = "text"
     POOLED = "pooled"
@@ -99,6 +105,10 @@ class EstimateRequest:
         "U-Net's cross-attention layers; fast. unet: the predicted noise; slow, exact. transformer: only the text "
         "encoder's hidden states; quick, but can't carry emphasis",
     )
+    effort: Effort = _field(
+        Effort.NORMAL,
+        "what recording and learning with part auto may cost. quick: as much as three pictures; normal: ten; best: 75",
+    )
     use: Use = _field(
         Use.ANYWHERE,
         "where the word will stand. anywhere: in all kinds of prompts. whole: it is the whole prompt or the whole "
@@ -132,7 +142,7 @@ class EstimateRequest:
     warmup: int = _field(0, "steps over which the learning rate rises from zero", low=0, high=100_000)
     optimizer: str = _field(AUTO, "the optimizer. auto: by part", choices=(AUTO, *OPTIMIZERS))
     loss: str = _field("MSE", "how the distance to the target is measured while learning", choices=tuple(LOSSES))
-    batch: int = _field(4, "noisy latents per learning step of the unet part; LBFGS: 12 or more", low=1, high=256)
+    batch: int = _field(4, "noisy latents per learning step of part unet; LBFGS: 12 or more", low=1, high=256)
     queries: int = _field(6, "positions per latent that the cross-attention part looks at", low=1, high=4096)
     memory: float = _field(1.0, "GB that these may take", low=0.01, high=64.0)
     clip_gradient: float = _field(0.0, "largest norm of the gradient; 0: no limit", low=0.0, high=1e6)
@@ -150,7 +160,10 @@ class EstimateRequest:
     trajectories: int = _field(
         0, "how many generations are learnt from, each from its own noise. 0: by part", low=0, high=64
     )
-    images: int = _field(4, "pictures made of the prompt and the embedding each, to compare; 0: none", low=0, high=64)
+    images: int = _field(
+        2, "pictures made of the prompt, the embedding and the prompt without weights each, to compare; 0: none",
+        low=0, high=64,
+    )  # fmt: skip
     out: str = _field("embeddings", "folder of the embeddings")
     subfolder: str = _field("", "folder inside it for new files. Blank: none")
     format: Format = _field(Format.AUTO, "file format. auto: pt, which every webui reads, and for SDXL safetensors")

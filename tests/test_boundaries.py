@@ -14,11 +14,12 @@ ORDER = (
     "prompt", "prompt.attention", "prompt.schedule", "prompt.chunks",
     "files", "files.embedding", "files.names", "files.reading", "files.writing",
     "hosts", "hosts.base", "hosts.denoising", "hosts.layouts", "hosts.text_encoder", "hosts.checkpoint",
-    "hosts.standalone", "hosts.webui", "hosts.webui_shell",
+    "hosts.standalone", "hosts.webui_model", "hosts.webui", "hosts.webui_shell",
     "target", "target.target", "target.bank", "target.error", "target.queries", "target.sentences", "target.recording",
     "report", "report.fidelity", "report.plots",
     "learn", "learn.initial", "learn.registry", "learn.plan", "learn.objectives", "learn.objectives.base",
-    "learn.objectives.hidden_state", "learn.objectives.cross_attention", "learn.objectives.denoising", "learn.fit",
+    "learn.objectives.hidden_state", "learn.objectives.cross_attention", "learn.objectives.sketch",
+    "learn.objectives.denoising", "learn.fit",
     "learn.learning", "learn.count",
     "job",
     "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab",
@@ -28,7 +29,7 @@ ORDER = (
 FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")
 WITHOUT_TORCH = ("errors", "choices", "request", "progress", "prompt.attention", "prompt.schedule", "prompt.chunks")
 ONLY_IN = {
-    "modules": ("hosts.webui", "hosts.webui_shell"),
+    "modules": ("hosts.webui_model", "hosts.webui", "hosts.webui_shell"),
     "backend": (),
     "diffusers": ("hosts.checkpoint", "hosts.standalone"),
     "gradio": ("hosts.webui_shell", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab"),

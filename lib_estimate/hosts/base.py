@@ -23,6 +23,9 @@ PLACEHOLDER = "embeddingestimateplaceholder"  # the word the learnt vectors stan
 FIRST_WORD_ID = 2 * 256
 
 
+ROUNDING = 1e-8  # of squares: what half precision may differ by where the same is computed twice
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What the core has to know of the loaded model. Every width and shape in the core comes from here."""
@@ -78,6 +81,13 @@ class Conditioning:
             pairs.append((self.pooled, other.pooled))
         return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
+    def close_to(self, other: Conditioning) -> bool:
+        """Whether the U-Net is told the same but for rounding."""
+        if self.hidden.shape != other.hidden.shape or (self.pooled is None) != (other.pooled is None):
+            return False
+        pairs = [(self.hidden, other.hidden), *([] if self.pooled is None else [(self.pooled, other.pooled)])]
+        return all(((a - b).square().sum() <= ROUNDING * b.square().sum()).item() for a, b in pairs)
+
 
 @dataclass(frozen=True)
 class PromptPart:
@@ -116,12 +126,14 @@ class StepConditioning:
 class Trajectory:
     """Latents on their way from noise to pictures.
 
-    x `[S, B, c, h, w]` (S sampling steps, B seeds), timestep `[S]`, the eps that was predicted there for the positive
-    parts together and for the negative prompt, each `[S, B, c, h, w]`, and the last latents final `[B, c, h, w]`.
+    x `[S, B, c, h, w]` (S sampling steps, B seeds), timestep `[S]`, by how much each step moves sigma `[S]`, the eps
+    that was predicted there for the positive parts together and for the negative prompt, each `[S, B, c, h, w]`, and
+    the last latents final `[B, c, h, w]`.
     """
 
     x: Tensor
     timestep: Tensor
+    dsigma: Tensor
     positive: Tensor
     negative: Tensor
     final: Tensor
@@ -129,6 +141,21 @@ class Trajectory:
 
 Watch = Callable[[int, int, Tensor], None]
 """see(sampling step, number of the cross-attention layer, hidden states `[B, L, C]` that enter it)."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one number made of the predicted noise owes to the text, latent by latent.
+
+    Per cross-attention layer the hidden states `[B, L, C]` that enter it and the number's gradient `[B, L, C]` in what
+    leaves it, through all that follows; the gradient `[B, P]` in the pooled vector where there is one; and the eps.
+    """
+
+    hidden: list[Tensor]
+    gradient: list[Tensor]
+    pooled: Tensor | None
+    eps: Tensor
+
 
 CrossAttentionLayer = Callable[[Tensor, Tensor], Tensor]
 """layer(hidden states `[B, Q, C]`, conditioning `[B, T, D]`) -> its output `[B, Q, C]`, float32."""
@@ -155,6 +182,7 @@ class Session(Protocol):
 
     info: ModelInfo
     placeholder: str  # the word that stands for the learnt vectors in a text given to `encode`
+    forwards: int  # what the U-Net was run so far, in forward-equivalents: one latent 1, with gradient 3
 
     def read(self, prompt: str, steps: int, *, negative: bool = False) -> list[PromptPart]:
         """The prompt's AND parts and their schedules over `steps` sampling steps, as the host reads them."""
@@ -198,6 +226,9 @@ class Session(Protocol):
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net's eps `[B, c, h, w]` for latents x `[B, c, h, w]` at `timestep` `[B]`."""
+
+    def sensitivity(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, probe: Tensor) -> Sensitivity:
+        """Of the sum of probe `[B, c, h, w]` times eps, for latents x at `timestep` `[B]` under a conditioning."""
 
     def sample(
         self,

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib_estimate.hosts.base import Conditioning, StepConditioning, Trajectory, Watch, compose
+from lib_estimate.hosts.base import Conditioning, Sensitivity, StepConditioning, Trajectory, Watch, compose
 
 PredictNoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
+FORWARD, WITH_GRADIENT, RECOMPUTED = 1, 3, 4  # cost of one latent: a backward costs two forwards
+
+
+def cost(conditioning: Conditioning, recomputed: bool) -> int:
+    """Forward-equivalents of one latent through the U-Net, as autograd stands."""
+    if not torch.is_grad_enabled() or not conditioning.hidden.requires_grad:
+        return FORWARD
+    return RECOMPUTED if recomputed else WITH_GRADIENT
 
 
 def attention_modules(unet: nn.Module) -> list[nn.Module]:
@@ -40,6 +48,42 @@ def watching(unet: nn.Module, watch: Watch | None, step: int) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def sensitivity(
+    unet: nn.Module, predict_noise: PredictNoise, x: Tensor, timestep: Tensor, conditioning: Conditioning, probe: Tensor
+) -> Sensitivity:
+    """See `Session.sensitivity`. The conditioning takes the gradient for it, as nothing else does."""
+    given = conditioning.expand(len(x))
+    hidden = given.hidden.detach().clone().requires_grad_(True)
+    pooled = None if given.pooled is None else given.pooled.detach().clone().requires_grad_(True)
+    entered: dict[int, Tensor] = {}
+    left: dict[int, Tensor] = {}
+
+    def see(layer: int, args: tuple, out: Tensor) -> None:
+        if layer not in left:  # computed again for the gradient, a block passes here once more
+            entered[layer], left[layer] = args[0].detach(), out
+
+    modules = attention_modules(unet)
+    handles = [
+        module.register_forward_hook(lambda _, args, out, layer=layer: see(layer, args, out))
+        for layer, module in enumerate(modules)
+    ]
+    try:
+        with torch.enable_grad():
+            eps = predict_noise(x, timestep, Conditioning(hidden, pooled))
+            layers = range(len(modules))
+            inputs = [*(left[layer] for layer in layers), *([] if pooled is None else [pooled])]
+            gradients = torch.autograd.grad((eps * probe).sum(), inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Sensitivity(
+        [entered[layer] for layer in layers],
+        list(gradients[: len(modules)]),
+        None if pooled is None else gradients[-1],
+        eps.detach(),
+    )
 
 
 class Recomputed:
@@ -76,6 +120,11 @@ def noise_of_velocity(v: Tensor, x: Tensor, abar: Tensor) -> Tensor:
     return abar.sqrt() * v + (1 - abar).sqrt() * x
 
 
+def sigma(abar: Tensor) -> Tensor:
+    """sqrt((1 - abar) / abar), the noise beside a clean latent of size one; Karras et al. 2022."""
+    return ((1 - abar) / abar).sqrt()
+
+
 @torch.no_grad()
 def sample(
     predict_noise: PredictNoise,
@@ -93,7 +142,7 @@ def sample(
     `watch_positive` and `watch_negative` make what surrounds the U-Net's calls for the two sides of CFG at a step.
     """
     apart = len(alphas_cumprod) // len(guidance)
-    x, points, positives, negatives = noise, [], [], []
+    x, points, positives, negatives, moves = noise, [], [], [], []
     timesteps = _timesteps(len(guidance), apart, offset)
     for step, (t, given) in enumerate(zip(timesteps, guidance, strict=True)):
         timestep = torch.full((len(x),), t, device=x.device)
@@ -105,6 +154,7 @@ def sample(
         positive = compose([(given.positive[0][0], first), *others], negative)
         points.append(x), positives.append(positive), negatives.append(negative)
         before, after = alphas_cumprod[t], alphas_cumprod[max(t - apart, 0)]
+        moves.append(sigma(before) - sigma(after))
         eps = negative + cfg_scale * (positive - negative)
         clean = (x - (1 - before).sqrt() * eps) / before.sqrt()
         x = after.sqrt() * clean + (1 - after).sqrt() * eps
@@ -112,6 +162,7 @@ def sample(
     yield Trajectory(
         x=torch.stack(points),
         timestep=torch.tensor(timesteps, device=x.device),
+        dsigma=torch.stack(moves),
         positive=torch.stack(positives),
         negative=torch.stack(negatives),
         final=x,

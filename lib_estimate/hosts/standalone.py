@@ -27,6 +27,7 @@ from lib_estimate.hosts.base import (
     CrossAttentionLayer,
     ModelInfo,
     PromptPart,
+    Sensitivity,
     StepConditioning,
     Token,
     Trajectory,
@@ -117,6 +118,7 @@ class StandaloneSession:
         self._missing = parts.unet.config.in_channels - self.info.latent_channels
         self._extra: dict[tuple[int, ...], Tensor] = {}
         self._recomputed: denoising.Recomputed | None = None
+        self.forwards = 0
         self._handles = [encoder.watch() for encoder in parts.text_encoders]
 
     def close(self) -> None:
@@ -289,6 +291,7 @@ class StandaloneSession:
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         given = conditioning.expand(len(x))
+        self.forwards += len(x) * denoising.cost(given, self._recomputed is not None)
         out = self.parts.unet(
             self._with_extra_channels(x).to(self.dtype),
             timestep,
@@ -332,6 +335,9 @@ class StandaloneSession:
                 extra = torch.cat([torch.ones_like(extra[:, :1]), latent.to(x)], dim=1)
             self._extra[shape] = extra
         return torch.cat([x, self._extra[shape].expand(len(x), -1, -1, -1)], dim=1)
+
+    def sensitivity(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, probe: Tensor) -> Sensitivity:
+        return denoising.sensitivity(self.parts.unet, self.predict_noise, x, timestep, conditioning, probe)
 
     def sample(
         self,

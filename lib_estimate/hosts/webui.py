@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from modules import call_queue, devices, extra_networks, processing, prompt_parser, sd_hijack, sd_unet, shared
+from modules import call_queue, devices, extra_networks, processing, prompt_parser, sd_hijack, shared
 from torch import Tensor, nn
 
 from lib_estimate.errors import ModelError, PromptSyntaxError
@@ -30,6 +30,7 @@ from lib_estimate.hosts.base import (
     CrossAttentionLayer,
     ModelInfo,
     PromptPart,
+    Sensitivity,
     StepConditioning,
     Token,
     Trajectory,
@@ -37,6 +38,7 @@ from lib_estimate.hosts.base import (
     foreign_embedding,
 )
 from lib_estimate.hosts.layouts import LAYOUTS
+from lib_estimate.hosts.webui_model import engines_of, frozen, usable_model
 
 MOST_BATCHES = 64
 
@@ -57,84 +59,12 @@ class WebuiHost:
 
     def _session(self) -> Iterator[WebuiSession]:
         model = usable_model()
-        with _frozen(model):
+        with frozen(model):
             session = WebuiSession(model)
             try:
                 yield session
             finally:
                 session.close()
-
-
-def usable_model() -> Any:
-    """The loaded checkpoint; ModelError where it, or how the webui runs it, doesn't work here."""
-    if shared.opts.use_old_emphasis_implementation:
-        raise ModelError(
-            "The setting 'Use old emphasis implementation' is on: its weights can't be learnt. "
-            "Switch it off under Settings > Compatibility."
-        )
-    model = shared.sd_model
-    if model is None or not hasattr(model, "cond_stage_model"):
-        raise ModelError("No checkpoint is loaded. Choose one at the top of the page and wait until it is loaded.")
-    if getattr(model, "is_sd3", False):
-        raise ModelError("This checkpoint is of the SD3 family. Choose a checkpoint of SD 1, SD 2 or SDXL.")
-    if getattr(model, "is_sdxl", False) and not hasattr(model.cond_stage_model, "embedders"):
-        raise ModelError("This is SDXL's refiner, which only finishes pictures. Choose an SDXL base checkpoint.")
-    if getattr(model, "lowvram", False):
-        raise ModelError(
-            "The webui runs with --medvram or --lowvram, which moves the networks off the GPU while they are still "
-            "needed for learning. Start it without; a run with the cross-attention part needs little more memory than "
-            "a picture."
-        )
-    if getattr(devices, "fp8", False):
-        raise ModelError("FP8 weights are on. Switch them off under Settings > Optimizations for the estimate.")
-    if sd_unet.current_unet is not None:
-        raise ModelError("Another U-Net (TensorRT or the like) is active. Set SD Unet to None under Settings.")
-    return model
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Weights that take no gradient, evaluation mode, no gradient checkpointing of the ldm kind (it wants gradients
-    of the weights); afterwards everything is as it was."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    checkpointed = [
-        (module, name)
-        for module in model.modules()
-        for name in ("checkpoint", "use_checkpoint")
-        if module.__dict__.get(name) is True
-    ]
-    try:
-        model.requires_grad_(False).eval()
-        for module, name in checkpointed:
-            setattr(module, name, False)
-        yield
-    finally:
-        for module, name in checkpointed:
-            setattr(module, name, True)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
-
-
-class Engine(NamedTuple):
-    """One of the webui's text encoders, and its token table `[V, C]`."""
-
-    encoder: Any
-    table: Tensor
-
-
-def _engines(model: Any) -> dict[str, Engine]:
-    """By the key each has in embedding files. SDXL has two, and beside them what encodes sizes."""
-    stage, found = model.cond_stage_model, {}
-    for encoder in getattr(stage, "embedders", [stage]):
-        for module in encoder.modules():
-            if hasattr(module, "textual_inversion_key") and hasattr(module, "wrapped"):
-                found[module.textual_inversion_key] = Engine(encoder, module.wrapped.weight)
-    if not found:
-        raise ModelError("This checkpoint's text encoder is of a kind that is not supported.")
-    return found
 
 
 class WebuiSession:
@@ -143,7 +73,7 @@ class WebuiSession:
     placeholder = PLACEHOLDER
 
     def __init__(self, model: Any) -> None:
-        self.model, self.engines = model, _engines(model)
+        self.model, self.engines = model, engines_of(model)
         self.encoder = next(iter(self.engines.values())).encoder  # whose reading of a text is shown
         self.unet: nn.Module = model.model.diffusion_model
         self.info = self._info()
@@ -153,6 +83,7 @@ class WebuiSession:
         self._image_conditionings: dict[tuple[int, ...], Tensor] = {}
         self._told_sizes: dict[tuple[int, ...], Tensor] = {}
         self._recomputed: denoising.Recomputed | None = None
+        self.forwards = 0
 
     def _info(self) -> ModelInfo:
         model, checkpoint = self.model, self.model.sd_checkpoint_info
@@ -359,6 +290,7 @@ class WebuiSession:
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         given = self._given(x, conditioning.expand(len(x)))
+        self.forwards += len(x) * denoising.cost(conditioning, self._recomputed is not None)
         with devices.autocast():
             out = self.model.apply_model(x.to(devices.dtype_unet), timestep, given).float()
         if self.model.parameterization != "v":
@@ -413,6 +345,9 @@ class WebuiSession:
 
     def _alphas_cumprod(self) -> Tensor:
         return self.model.alphas_cumprod.to(devices.device, torch.float32)
+
+    def sensitivity(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, probe: Tensor) -> Sensitivity:
+        return denoising.sensitivity(self.unet, self.predict_noise, x, timestep, conditioning, probe)
 
     def sample(
         self,

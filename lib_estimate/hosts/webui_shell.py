@@ -20,7 +20,8 @@ import gradio as gr
 from modules import call_queue, processing, progress, sd_hijack, shared
 from modules.options import OptionInfo
 
-from lib_estimate.hosts.webui import WebuiHost, usable_model
+from lib_estimate.hosts.webui import WebuiHost
+from lib_estimate.hosts.webui_model import usable_model
 from lib_estimate.request import EstimateRequest, Part
 
 log = logging.getLogger(__name__)

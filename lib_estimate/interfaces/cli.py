@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).parents[2]
 DEMO_MODEL = CHECKOUT / "tests" / "shapes_sd" / "shapes_sd.safetensors"
-DEMO_PROMPT = "a (red:1.6) circle on a blue background"
+DEMO_PROMPT = "a yellow star below a (black:1.5) circle on a white background"
 SHORT_FLAGS = {"learning_rate": "--lr"}
 CONTEXT = (
     "negative",
@@ -276,16 +276,20 @@ def _output(args: argparse.Namespace, record: dict[str, Any], fidelity: Any, nam
 
 
 def _save_sheet(path: Path, fidelity: Any, prompt: str, name: str) -> None:
+    from lib_estimate.report.fidelity import REFERENCES
     from lib_estimate.report.plots import sheet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet(fidelity.pictures, {"prompt": prompt, "embedding": name, "unweighted": "without weights"}).save(path)
+    sheet(fidelity.pictures, {"prompt": prompt, "embedding": name, **REFERENCES}).save(path)
 
 
 def _summary(outcome: Any) -> None:
+    from lib_estimate.job import cost_sentence
     from lib_estimate.report.fidelity import result_sentence
 
-    sys.stderr.write(f"Saved {outcome.path}\n{result_sentence(outcome.fidelity, outcome.embedding.name)}\n")
+    cost = cost_sentence(outcome.record["forwards"], outcome.record["settings"]["sampling_steps"])
+    said = result_sentence(outcome.fidelity, outcome.embedding.name)
+    sys.stderr.write(f"Saved {outcome.path}\n{said}\n{cost}\n")
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -317,13 +321,13 @@ def _demo(args: argparse.Namespace) -> int:
 
     if not DEMO_MODEL.exists():
         raise ModelError(f"The demo's model is not at {DEMO_MODEL}: run the demo from a checkout of the project.")
-    request = EstimateRequest(prompt=DEMO_PROMPT, name="demo-circle", out=str(args.out), overwrite=True, use=Use.WHOLE)
+    request = EstimateRequest(prompt=DEMO_PROMPT, name="demo-star", out=str(args.out), overwrite=True, use=Use.WHOLE)
     errors: list[tuple[int, float]] = []
     sys.stderr.write(f"Estimating {DEMO_PROMPT!r} on the small model; this takes about a minute.\n")
     outcome = _run(request, ModelOptions(model=str(DEMO_MODEL)), errors)
-    sheet, plot = args.out / "demo-circle.sheet.png", args.out / "demo-circle.curve.png"
+    sheet, plot = args.out / "demo-star.sheet.png", args.out / "demo-star.curve.png"
     _save_sheet(sheet, outcome.fidelity, DEMO_PROMPT, request.name)
-    curve(plot, outcome.losses, errors, outcome.fidelity.unweighted_error)
+    curve(plot, outcome.losses, errors, outcome.fidelity.unweighted_noise)
     _summary(outcome)
     sys.stderr.write(
         f"\n{outcome.path}\n    the embedding: a webui uses it by writing {request.name} in a prompt\n"

@@ -32,9 +32,9 @@ from lib_estimate.interfaces.fields import (
     request_from,
 )
 from lib_estimate.interfaces.view import View, views
-from lib_estimate.job import Outcome
+from lib_estimate.job import Outcome, cost_sentence
 from lib_estimate.progress import Cancel
-from lib_estimate.report.fidelity import result_sentence
+from lib_estimate.report.fidelity import REFERENCES, result_sentence
 from lib_estimate.request import INIT_TEXT, EstimateRequest, Use
 
 log = logging.getLogger(__name__)
@@ -157,6 +157,7 @@ class Tab:
         self._field("part")
         lines = "".join(f"<li><b>{WORDS[part.value]}</b>: {text}</li>" for part, text in PART_HELP.items())
         gr.HTML(f"<ul>{lines}</ul>", elem_id=identifier("parts"))
+        self._field("effort")
         use = self._field("use")
         sentence = self._field("sentence")
         # A webui may put remembered values in later, so there these two begin visible.
@@ -188,7 +189,7 @@ class Tab:
                 label="Loss and error", type="pil", interactive=False, height=320, elem_id=identifier("curve")
             )
         self.gallery = gr.Gallery(
-            label="Prompt, embedding, prompt without its weights; each row from the same noise",
+            label="Prompt, embedding, and what it is compared with; each row from the same noise",
             elem_id=identifier("gallery"), columns=3,
         )  # fmt: skip
         self.result = gr.HTML("", elem_id=identifier("result"))
@@ -327,7 +328,8 @@ class Tab:
         own = next((image for image, title in pictures if title == name), None)
         notes = [*view.notes, *self._taken_in(request, outcome.path, own, f"{sentence}\n\n{request.text}")]
         worth = outcome.fidelity.recovered is None or outcome.fidelity.recovered > 0
-        text = "<br>".join(map(html.escape, sentence.splitlines()))
+        cost = cost_sentence(outcome.record["forwards"], request.sampling_steps)
+        text = "<br>".join(map(html.escape, [*sentence.splitlines(), cost]))
         use = f"Write <b>{html.escape(name)}</b> in your {WORDS[request.target.value].lower()}."
         return self._shown(
             progress=_bar(1.0, None, f"Saved {outcome.path}"), curve=view.curve, gallery=pictures,
@@ -357,7 +359,7 @@ class Tab:
 
 def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
     """Pictures row by row, each with its title."""
-    titles = {"prompt": "prompt", "embedding": outcome.embedding.name, "unweighted": "without weights"}
+    titles = {"prompt": "prompt", "embedding": outcome.embedding.name, **REFERENCES}
     columns = {
         titles[name]: [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in batch]
         for name, batch in outcome.fidelity.pictures.items()

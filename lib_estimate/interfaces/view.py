@@ -16,16 +16,22 @@ from lib_estimate.report.plots import live_curve
 from lib_estimate.request import EstimateRequest, Part, Use
 
 CURVE_EVERY = 1.0  # seconds
-# Where a phase begins in the whole job, as shares of its time. Rough: they only have to move on evenly.
+# Where a phase begins in the whole job, as shares of its U-Net forwards at the default effort.
 BEGINS = {
     "Recording the target": 0.0,
-    "Recording checks": 0.04,
-    "Trying numbers": 0.05,
-    "Learning": 0.08,
-    "Held-out noise": 0.80,
-    "Sentences": 0.84,
-    "Pictures": 0.94,
+    "Recording checks": 0.055,
+    "Trying numbers": 0.085,
+    "Sketching the U-Net": 0.085,
+    "Learning (cross-attention)": 0.17,
+    "Learning (sketch)": 0.21,
+    "Learning": 0.26,
+    "Pictures (prompt)": 0.52,
+    "Pictures (unweighted)": 0.63,
+    "Sentences": 0.74,
+    "Noise": 0.83,
+    "Pictures (embedding)": 0.86,
 }
+SAME = {"Pictures (empty)": "Pictures (unweighted)"}
 ENDS = dict(zip(BEGINS, [*list(BEGINS.values())[1:], 1.0], strict=True))
 
 
@@ -71,6 +77,7 @@ class Watcher:
         return View(self.fraction, self._left(), words, tuple(self.notes), self._curve(outcome), outcome)
 
     def _move(self, phase: str, share: float) -> None:
+        phase = SAME.get(phase, phase)
         begin, end = BEGINS.get(phase, self.fraction), ENDS.get(phase, self.fraction)
         self.fraction = max(self.fraction, min(1.0, begin + share * (end - begin)))
 
@@ -83,7 +90,8 @@ class Watcher:
         self.losses.append((at, report.loss))
         if report.error is not None and math.isfinite(report.error):
             self.errors.append((at, report.error))
-        self._move("Learning", at / (self.before + report.steps) * (0.9 if not self.before else 1.0))
+        own = f"Learning ({report.part})"
+        self._move(own if own in BEGINS else "Learning", report.step / report.steps)
         return (
             f"Learning ({report.part}): step {report.step} of {report.steps}, loss {report.loss:.4f}, "
             f"error {report.best_error:.4f} (it was {report.start_error:.4f} at the start)"
@@ -103,7 +111,7 @@ class Watcher:
     def _unweighted(self, outcome: Outcome | None) -> float | None:
         """The error without weights, where the curve's errors are on its scale: learnt in sentences, they are not."""
         in_sentences = self.request.use is Use.ANYWHERE and self.request.part in (Part.AUTO, Part.CROSS_ATTENTION)
-        return None if outcome is None or in_sentences else outcome.fidelity.unweighted_error
+        return None if outcome is None or in_sentences else outcome.fidelity.unweighted_noise
 
 
 def views(request: EstimateRequest, host: Host, cancel: Cancel) -> Iterator[View]:

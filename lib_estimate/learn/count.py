@@ -9,9 +9,9 @@ from lib_estimate.hosts.base import Session
 from lib_estimate.learn import plan
 from lib_estimate.learn.fit import Fit
 from lib_estimate.learn.initial import initial_vectors
-from lib_estimate.learn.learning import objective_of, validator
+from lib_estimate.learn.learning import Lessons, noise_validator
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase
-from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Part, Start, Use
+from lib_estimate.request import AUTO_VECTORS, Effort, EstimateRequest, Part, Start, Use
 from lib_estimate.target.recording import Material
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -26,18 +26,19 @@ def starting_vectors(
         return initial_vectors(request, session), {}
     most = len(next(iter(initial_vectors(replace(request, vectors="init_text"), session).values())))
     candidates = [*(count for count in COUNTS if count < most), most]
-    denoising, errors = validator(session, materials, Part.UNET), {}
+    noise, errors = noise_validator(session, materials), {}
     trial = replace(plan.DEFAULTS[Part.CROSS_ATTENTION], steps=TRIAL_STEPS)
     if materials[0].target.composed():
-        trial = replace(plan.DEFAULTS[Part.UNET], steps=TRIAL_STEPS // 4)
+        trial = plan.COMPOSED[Effort.QUICK]
+    lessons = Lessons(replace(request, use=Use.WHOLE), session, materials)
     for number, count in enumerate(candidates):
         yield Phase("Trying numbers", number, len(candidates))
         start = initial_vectors(replace(request, vectors=count, start=Start.POOLED), session)
-        objective, validate = objective_of(replace(request, use=Use.WHOLE), session, materials, trial)
+        objective, validate = lessons.of(trial)
         fit = Fit(trial, replace(request, warmup=0), objective, start, validate, cancel)
         for _ in fit.run():
             pass
-        errors[count] = denoising(fit.best)
+        errors[count] = noise(fit.best)
         if cancel.wanted is not None:
             raise Interrupted("Interrupted before the learning began. Nothing was saved.")
         if errors[count] <= request.tolerance:

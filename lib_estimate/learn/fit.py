@@ -17,7 +17,7 @@ from torch import Tensor
 from lib_estimate.errors import EstimateError
 from lib_estimate.files.embedding import Vectors
 from lib_estimate.learn.objectives.base import Objective
-from lib_estimate.learn.plan import Stage
+from lib_estimate.learn.plan import LBFGS, Stage
 from lib_estimate.learn.registry import OPTIMIZERS, default_learning_rate, learning_rate_at, make_optimizer
 from lib_estimate.progress import Cancel, StepReport
 from lib_estimate.request import EstimateRequest
@@ -37,6 +37,7 @@ class Fit:
     validate: Callable[[Vectors], float]
     cancel: Cancel
     loss_scale: float = 1.0  # keeps float16 gradients from vanishing on their way back; taken out again
+    before: Fit | None = None  # another fit, of a loss much like this one, whose L-BFGS goes on in this one
 
     def __post_init__(self) -> None:
         self.best = {key: rows.detach().clone() for key, rows in self.start.items()}
@@ -49,12 +50,17 @@ class Fit:
 
     def run(self) -> Iterator[StepReport]:
         request, stage, started = self.request, self.stage, time.perf_counter()
-        vectors = {key: rows.detach().clone().requires_grad_(True) for key, rows in self.start.items()}
-        average = {key: rows.detach().clone() for key, rows in vectors.items()}
         rate_at, entry = rates(stage, request.warmup), OPTIMIZERS[stage.optimizer]
-        optimizer = make_optimizer(stage.optimizer, list(vectors.values()), rate_at(0))
         generator = torch.Generator().manual_seed(request.seed)
         drawn = self.objective.draw(generator, True) if entry.closure else None
+        if self._goes_on():
+            vectors, optimizer = self.before.vectors, self.before.optimizer
+            self._carry_over(optimizer, vectors, drawn)
+        else:
+            vectors = {key: rows.detach().clone().requires_grad_(True) for key, rows in self.start.items()}
+            optimizer = make_optimizer(stage.optimizer, list(vectors.values()), rate_at(0))
+        self.vectors, self.optimizer = vectors, optimizer
+        average = {key: rows.detach().clone() for key, rows in vectors.items()}
         every, since_better = max(1, math.ceil(stage.steps / CHECKS)), 0
         # Reading a loss off a GPU makes the CPU wait for it, so there it is done only where a check is due anyway.
         report_every = 1 if next(iter(vectors.values())).device.type == "cpu" else every
@@ -89,7 +95,7 @@ class Fit:
                 since_better = 0 if error < WORTHWHILE * before or not settling else since_better + 1
             seconds = time.perf_counter() - started
             left = seconds / (step + 1) * (stage.steps - step - 1)
-            part, loss = stage.part.value, self.losses[-1]
+            part, loss = stage.goal.value, self.losses[-1]
             yield StepReport(
                 part, step + 1, stage.steps, loss, rate, seconds, left, error, self.best_error, self.start_error
             )
@@ -103,6 +109,20 @@ class Fit:
             if request.patience and since_better >= request.patience:
                 self.stopped = f"the error has not fallen in {since_better * every} steps"
                 break
+
+    def _goes_on(self) -> bool:
+        """Whether the fit before ended where this one starts, with the optimizer that keeps what it knows."""
+        before = self.before
+        if before is None or {before.stage.optimizer, self.stage.optimizer} != {LBFGS}:
+            return False
+        return all(torch.equal(rows, before.vectors[key].detach()) for key, rows in self.start.items())
+
+    def _carry_over(self, optimizer: torch.optim.Optimizer, vectors: Vectors, drawn: Any) -> None:
+        """What L-BFGS learnt of the curvature serves for a loss much like the one before. It takes the change of the
+        gradient since its last step for curvature, too: so that one begins with the new loss's own gradient."""
+        self._closure(optimizer, vectors, drawn)()
+        gradient = torch.cat([row.grad.flatten() for row in vectors.values()])
+        optimizer.state[next(iter(vectors.values()))]["prev_flat_grad"] = gradient
 
     def _check(self, vectors: Vectors) -> float:
         """Measures the validation error; the best vectors are kept."""

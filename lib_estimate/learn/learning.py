@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -15,21 +15,27 @@ from lib_estimate.learn import plan
 from lib_estimate.learn.fit import Fit
 from lib_estimate.learn.objectives.base import Objective, Together
 from lib_estimate.learn.objectives.cross_attention import CrossAttention, InSentences
-from lib_estimate.learn.objectives.denoising import Denoising, DenoisingInSentences
+from lib_estimate.learn.objectives.denoising import Denoising
 from lib_estimate.learn.objectives.hidden_state import HiddenState
-from lib_estimate.learn.plan import Stage
+from lib_estimate.learn.objectives.sketch import Sketch, Sketched, SketchInSentences, sketched
+from lib_estimate.learn.plan import RUNS_THE_UNET, Goal, Stage
 from lib_estimate.learn.registry import LOSSES
-from lib_estimate.progress import Cancel, Note, StepReport
+from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
 from lib_estimate.report.fidelity import report_sentences
-from lib_estimate.request import HOLE, EstimateRequest, Part
+from lib_estimate.request import HOLE, Effort, EstimateRequest
 from lib_estimate.target.error import denoising_error
 from lib_estimate.target.recording import Material
 from lib_estimate.target.sentences import distinct
 
-CHECK_SENTENCES = 8
+CHECK_SENTENCES, CHECK_POSITIONS = 8, 512
+# The sketch of use anywhere: under so many conditionings, one in five of them the prompt alone.
+ANCHORS = {Effort.QUICK: 10, Effort.NORMAL: 40, Effort.BEST: 400}
+ALONE_ONE_IN = 5
 # Vectors learnt in random sentences go too far for some that weren't drawn. Held back, they lose little alone.
-SHARE_OF_THE_WAY = 0.65
+SHARE_OF_THE_WAY = 0.75
 FLOAT16_LOSS_SCALE = 4096.0
+
+Judged = tuple[Objective, Callable[[Vectors], float]]  # what a stage minimises, and the error it is judged by
 
 
 @dataclass
@@ -44,27 +50,28 @@ class Run:
 
 def learn(
     request: EstimateRequest, session: Session, materials: list[Material], start: Vectors, cancel: Cancel
-) -> Iterator[Note | StepReport]:
-    """Runs the planned stages one after the other, each from the best vectors of the one before."""
+) -> Iterator[Phase | Note | StepReport]:
+    """Runs the planned stages."""
     target = materials[0].target
     steady = target.single() is not None
     planned = plan.stages(request, composed=target.composed(), steady=steady)
     if not steady and plan.in_sentences(request, steady=True):
         yield Note("The prompt changes from step to step or has AND, so the embedding is made to be the whole prompt.")
-    run = Run(start, [], [], "")
+    lessons, run, fit = Lessons(request, session, materials), Run(start, [], [], ""), None
+    if any(stage.goal in (Goal.SKETCH, Goal.NOISE_AND_SKETCH) for stage in planned):
+        yield from lessons.record(cancel)
     for stage in planned:
-        objective, validate = objective_of(request, session, materials, stage)
-        if run.stages and stage.part is Part.UNET:  # the stage before was not judged by what the U-Net makes of it
+        objective, validate = lessons.of(stage)
+        if run.stages and stage.goal in RUNS_THE_UNET:  # no stage before was judged by what the U-Net makes of it
             run.best = min(run.best, start, key=validate)
-        stage = stage.sized(start)
         scale = FLOAT16_LOSS_SCALE if session.info.dtype is torch.float16 else 1.0
-        fit = Fit(stage, request, objective, run.best, validate, cancel, scale)
+        fit = Fit(stage.sized(start), request, objective, run.best, validate, cancel, scale, before=fit)
         yield from fit.run()
         run.best, run.stopped = fit.best, fit.stopped
         run.losses += fit.losses
         if fit.lightened:
             yield Note("Memory was short, so the U-Net kept less of it at once: slower, with the same result.")
-        run.stages.append({**stage.record(), "steps_run": fit.steps_run, "stopped": fit.stopped})
+        run.stages.append({**fit.stage.record(), "steps_run": fit.steps_run, "stopped": fit.stopped})
         if cancel.wanted is not None:
             break
     if plan.in_sentences(request, steady=steady):
@@ -72,63 +79,119 @@ def learn(
     return run
 
 
-def objective_of(
-    request: EstimateRequest, session: Session, materials: list[Material], stage: Stage
-) -> tuple[Objective, Callable[[Vectors], float]]:
-    """What a stage minimises, and the error it is judged by."""
-    distance = LOSSES[request.loss]
-    if plan.in_sentences(request, steady=materials[0].target.single() is not None):
-        return _in_sentences(request, session, materials[0], stage.part)
+@dataclass
+class Lessons:
+    """The objectives of a request's stages, made when they are asked for."""
 
-    def objective(m: Material) -> Objective:
-        if stage.part is Part.TRANSFORMER:
-            return HiddenState(session, m.target, distance)
-        if stage.part is Part.CROSS_ATTENTION:
-            return CrossAttention(session, m.target, m.queries, distance)
-        return Denoising(session, m.target, m.bank, m.checks, distance, request.batch)
+    request: EstimateRequest
+    session: Session
+    materials: list[Material]
+    sketches: list[Sketched] = field(default_factory=list)
 
-    return _together([objective(m) for m in materials]), validator(session, materials, stage.part)
+    def __post_init__(self) -> None:
+        steady = self.materials[0].target.single() is not None
+        self.in_sentences = plan.in_sentences(self.request, steady=steady)
+        self.checks = distinct(Random(f"checks {self.request.seed}"), CHECK_SENTENCES, (), self.session.random_text)
+        self.avoid = [*self.checks, *report_sentences(self.request)]
 
+    def record(self, cancel: Cancel) -> Iterator[Phase]:
+        """Records what the sketch is made of, for every material."""
+        for material in self.materials:
+            given, at = self._anchors(material)
+            taken = sum(hidden.nbytes for hidden in (*material.queries.hidden, *material.check_queries.hidden))
+            budget = max(self.request.memory * 2**30 - taken, 0) / len(self.materials)
+            x, timestep = material.bank.x[at], material.bank.timestep[at]
+            for progress in sketched(self.session, given, x, timestep, budget, self.request.seed):
+                if isinstance(progress, Sketched):
+                    self.sketches.append(progress)
+                    continue
+                if cancel.wanted is not None:
+                    raise Interrupted("Interrupted before the learning began. Nothing was saved.")
+                yield Phase("Sketching the U-Net", progress, len(given))
 
-def _together(objectives: list[Objective]) -> Objective:
-    return objectives[0] if len(objectives) == 1 else Together(objectives)
-
-
-def _in_sentences(
-    request: EstimateRequest, session: Session, m: Material, part: Part
-) -> tuple[Objective, Callable[[Vectors], float]]:
-    """The objective over random sentences; judged by its own loss on sentences, and noise, it never draws."""
-    checks = distinct(Random(f"checks {request.seed}"), CHECK_SENTENCES, (), session.random_text)
-    avoid, generator = [*checks, *report_sentences(request, session)], torch.Generator().manual_seed(request.seed)
-    distance, text = LOSSES[request.loss], request.text
-    if part is Part.CROSS_ATTENTION:
-        objective = InSentences(session, m.target, m.queries, distance, text, avoid)
-        drawn = objective.prepared([HOLE, *checks], generator)
-    else:
-        objective = DenoisingInSentences(session, m.target, m.bank, m.checks, distance, text, avoid)
-        drawn = objective.prepared([HOLE, *checks], m.checks, generator)
-
-    def error(vectors: Vectors) -> float:
+    def _anchors(self, material: Material) -> tuple[list, list[int]]:
+        """Conditionings to sketch at, and the number of the bank's latent for each."""
+        bank, target = material.bank, material.target
+        if not self.in_sentences:
+            return [target.wanted(step)[0][1] for step in bank.step.tolist()], list(range(len(bank)))
+        count = ANCHORS[self.request.effort]
+        alone = max(1, count // ALONE_ONE_IN)
+        rng = Random(f"anchors {self.request.seed}")
+        chosen = distinct(rng, count - alone, self.avoid, self.session.random_text)
         with torch.no_grad():
-            return float(objective.loss(vectors, drawn))
+            inside = [self.session.encode([sentence.replace(HOLE, self.request.text)]) for sentence in chosen]
+        return [target.single()] * alone + inside, [index % len(bank) for index in range(count)]
 
-    return objective, error
+    def of(self, stage: Stage) -> Judged:
+        """What a stage minimises, and the error it is judged by."""
+        if self.in_sentences:
+            return self._over_sentences(stage.goal)
+        parts = [self._objective(stage, *each) for each in enumerate(self.materials)]
+        together = parts[0] if len(parts) == 1 else Together(parts)
+        return together, self._validator(stage.goal, together)
+
+    def _objective(self, stage: Stage, index: int, m: Material) -> Objective:
+        session, distance = self.session, LOSSES[self.request.loss]
+        if stage.goal is Goal.HIDDEN_STATES:
+            return HiddenState(session, m.target, distance)
+        if stage.goal is Goal.CROSS_ATTENTION:
+            return CrossAttention(session, m.target, m.queries, distance)
+        if stage.goal is Goal.SKETCH:
+            return Sketch(session, m.target, self.sketches[index])
+        noise = Denoising(session, m.target, m.bank, m.checks, distance, self.request.batch, stage.latents)
+        if stage.goal is Goal.NOISE:
+            return noise
+        # A handful of latents alone is learnt by heart; the sketch has seen them all.
+        return Together([noise, Sketch(session, m.target, self.sketches[index])])
+
+    def _over_sentences(self, goal: Goal) -> Judged:
+        """The objective over random sentences; judged by its own loss on sentences it never draws."""
+        session, target, text = self.session, self.materials[0].target, self.request.text
+        generator = torch.Generator().manual_seed(self.request.seed)
+        if goal is Goal.CROSS_ATTENTION:
+            queries, distance = self.materials[0].queries, LOSSES[self.request.loss]
+            objective = InSentences(session, target, queries, distance, text, self.avoid)
+            drawn = objective.prepared([HOLE, *self.checks], generator)
+        else:
+            objective = SketchInSentences(session, target, self.sketches[0], text, self.avoid)
+            drawn = objective.prepared([HOLE, *self.checks], generator, CHECK_POSITIONS)
+        return objective, _error_by(objective, drawn)
+
+    def _validator(self, goal: Goal, objective: Objective) -> Callable[[Vectors], float]:
+        """Where no U-Net runs in a stage, none judges it: a look at it would cost more than all steps in between."""
+        if goal is Goal.SKETCH:
+            return _error_by(objective, None)
+        if goal is Goal.CROSS_ATTENTION:
+            return cross_attention_validator(self.session, self.materials)
+        return noise_validator(self.session, self.materials)
 
 
-def validator(session: Session, materials: list[Material], part: Part) -> Callable[[Vectors], float]:
-    """The error that vectors are judged by in a part, on noise that isn't learnt from.
+def _error_by(objective: Objective, drawn: Any) -> Callable[[Vectors], float]:
+    @torch.no_grad()
+    def error(vectors: Vectors) -> float:
+        return float(objective.loss(vectors, drawn))
 
-    Cross-attention is judged by its own outputs: a look at the U-Net's would cost more than all steps in between.
-    """
-    if part is Part.CROSS_ATTENTION:
-        together = _together([CrossAttention(session, m.target, m.check_queries, LOSSES["MSE"]) for m in materials])
-        drawn = together.draw(torch.Generator(), True)
+    return error
+
+
+def cross_attention_validator(session: Session, materials: Sequence[Material]) -> Callable[[Vectors], float]:
+    """The error of cross-attention outputs for queries that aren't learnt from."""
+    parts = [CrossAttention(session, m.target, m.check_queries, LOSSES["MSE"]) for m in materials]
+    together = Together(parts)
+    return _error_by(together, together.draw(torch.Generator(), True))
+
+
+def noise_validator(session: Session, materials: Sequence[Material]) -> Callable[[Vectors], float]:
+    """The error of the predicted noise, on noise that isn't learnt from. The same vectors are not measured twice."""
+    known: list[tuple[Vectors, float]] = []
 
     @torch.no_grad()
     def error(vectors: Vectors) -> float:
-        if part is Part.CROSS_ATTENTION:
-            return float(together.loss(vectors, drawn))
+        for other, value in known:
+            if all(torch.equal(rows, other[key]) for key, rows in vectors.items()):
+                return value
         errors = [denoising_error(session, m.checks, m.target.embed(session, vectors)) for m in materials]
-        return sum(errors) / len(errors)
+        known.append(({key: rows.clone() for key, rows in vectors.items()}, sum(errors) / len(errors)))
+        return known[-1][1]
 
     return error

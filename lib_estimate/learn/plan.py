@@ -1,26 +1,43 @@
-"""Which stages a request is learnt in, from what and with what settings: where 'auto' and blanks become numbers."""
+"""Which stages a request is learnt in and with what settings: where 'auto', 'effort' and blanks become numbers."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 
 import torch
 
 from lib_estimate.files.embedding import Vectors
 from lib_estimate.learn.registry import LBFGS_EVALUATIONS
-from lib_estimate.request import AUTO, EstimateRequest, Part, Use
+from lib_estimate.request import AUTO, Effort, EstimateRequest, Part, Use
+
+
+class Goal(str, Enum):
+    """What a stage matches."""
+
+    HIDDEN_STATES = "transformer"
+    CROSS_ATTENTION = "cross-attention"
+    SKETCH = "sketch"
+    NOISE = "unet"
+    NOISE_AND_SKETCH = "unet and sketch"
+
+
+RUNS_THE_UNET = (Goal.NOISE, Goal.NOISE_AND_SKETCH)
 
 
 @dataclass(frozen=True)
 class Stage:
     """One run of the learning loop. A rate in shares of the vectors' size becomes a learning rate when it starts."""
 
-    part: Part
+    goal: Goal
     optimizer: str
     learning_rate: str
     schedule: str
     steps: int
     share: float = 0.0
+    latents: int = (
+        0  # noisy latents that an optimizer which needs the same loss at every call sees; 0: by the objective
+    )
 
     def sized(self, vectors: Vectors) -> Stage:
         """The stage with its learning rate for vectors `[N, C]` of this size (root mean square of all numbers).
@@ -34,22 +51,36 @@ class Stage:
         return replace(self, learning_rate=f"{self.share * size.item():.2g}")
 
     def record(self) -> dict:
-        return {key: value for key, value in asdict(self).items() if key != "share"} | {"part": self.part.value}
+        """As plain values."""
+        about = {key: value for key, value in asdict(self).items() if key not in ("share", "latents", "goal")}
+        return {"part": self.goal.value, **about}
 
 
 LBFGS = "LBFGS"
 
 DEFAULTS = {
-    Part.TRANSFORMER: Stage(Part.TRANSFORMER, "Adam", "", "cosine", 300, share=0.08),
+    Part.TRANSFORMER: Stage(Goal.HIDDEN_STATES, "Adam", "", "cosine", 300, share=0.08),
     # L-BFGS sees the same few latents, or queries, at every step: a smooth, deterministic problem, which is what it is
     # best at.
-    Part.UNET: Stage(Part.UNET, LBFGS, "1", "constant", 48),
-    Part.CROSS_ATTENTION: Stage(Part.CROSS_ATTENTION, LBFGS, "1", "constant", 80),
+    Part.UNET: Stage(Goal.NOISE, LBFGS, "1", "constant", 48, latents=12),
+    Part.CROSS_ATTENTION: Stage(Goal.CROSS_ATTENTION, LBFGS, "1", "constant", 80),
 }
 # Fresh sentences at every step are noise to L-BFGS.
-IN_SENTENCES = Stage(Part.CROSS_ATTENTION, "Adam", "", "cosine", 300, share=0.05)
-POLISH = Stage(Part.UNET, LBFGS, "1", "constant", 20)
-POLISH_IN_SENTENCES = Stage(Part.UNET, "Adam", "", "cosine", 80, share=0.05)
+CROSS_ATTENTION_IN_SENTENCES = Stage(Goal.CROSS_ATTENTION, "Adam", "", "cosine", 300, share=0.05)
+SKETCH = Stage(Goal.SKETCH, LBFGS, "1", "constant", 30)
+SKETCH_IN_SENTENCES = Stage(Goal.SKETCH, "Adam", "", "cosine", 300, share=0.05)
+# The U-Net itself, at the end: the sketch has told L-BFGS the shape of the valley, so a few evaluations go far.
+POLISH = {
+    Effort.QUICK: None,
+    Effort.NORMAL: Stage(Goal.NOISE_AND_SKETCH, LBFGS, "1", "constant", 2, latents=8),
+    Effort.BEST: Stage(Goal.NOISE_AND_SKETCH, LBFGS, "1", "constant", 11, latents=20),
+}
+# Prompts composed with AND: their parts have an attention each, so that only the U-Net itself can be matched.
+COMPOSED = {
+    Effort.QUICK: Stage(Goal.NOISE, LBFGS, "1", "constant", 1, latents=4),
+    Effort.NORMAL: Stage(Goal.NOISE, LBFGS, "1", "constant", 3, latents=8),
+    Effort.BEST: Stage(Goal.NOISE, LBFGS, "1", "constant", 18, latents=12),
+}
 
 
 def stages(request: EstimateRequest, *, composed: bool, steady: bool) -> list[Stage]:
@@ -93,11 +124,11 @@ def in_sentences(request: EstimateRequest, *, steady: bool) -> bool:
 
 
 def _planned(request: EstimateRequest, composed: bool, steady: bool) -> list[Stage]:
-    if request.part is Part.CROSS_ATTENTION or (request.part is Part.AUTO and not composed):
-        first, polish = (
-            (IN_SENTENCES, POLISH_IN_SENTENCES)
-            if in_sentences(request, steady=steady and not composed)
-            else (DEFAULTS[Part.CROSS_ATTENTION], POLISH)
-        )
-        return [first, polish] if request.part is Part.AUTO else [first]
-    return [DEFAULTS[Part.UNET if request.part is Part.AUTO else request.part]]
+    part, polish = request.part, POLISH[request.effort]
+    if part is Part.AUTO and composed:
+        return [COMPOSED[request.effort]]
+    if in_sentences(request, steady=steady and not composed):
+        return [SKETCH_IN_SENTENCES if part is Part.AUTO else CROSS_ATTENTION_IN_SENTENCES]
+    if part is Part.AUTO:
+        return [DEFAULTS[Part.CROSS_ATTENTION], SKETCH, *([] if polish is None else [polish])]
+    return [DEFAULTS[part]]

@@ -1,9 +1,14 @@
-"""How close an embedding came: the numbers and pictures people see, on noise and in sentences never learnt from."""
+"""How close an embedding came: the figures and pictures people see, on noise and in sentences never learnt from.
+
+What is measured is what is drawn: the pictures' own way from noise gives the latents that everything else is measured
+on, so a report costs little more than its pictures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from statistics import median
 from typing import Any
@@ -15,14 +20,16 @@ from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts.base import Conditioning, Session, StepConditioning, Trajectory
 from lib_estimate.request import EstimateRequest, Use
 from lib_estimate.target import sentences
-from lib_estimate.target.bank import HELD_OUT, PICTURES, Bank, build_bank, latent_noise
-from lib_estimate.target.error import denoising_error, recovered_share, share_of_empty
+from lib_estimate.target.bank import PICTURES, Bank, bank_of, bank_under, latent_noise, noise_under
+from lib_estimate.target.error import recovered_share, share_of_empty, squared
 from lib_estimate.target.target import Target, build_target
 
-SEEDS = 4  # noise that is measured on
-OFFSET = -0.46  # its timesteps lie between those of a generation
-SENTENCES = 6
-SENTENCE_SEEDS, SENTENCE_STEPS = 2, 10  # of each sentence's own measurement
+LEVELS = 8  # noise levels of a generation that are measured at
+SEEDS = 2  # generations measured on where no pictures are drawn
+SENTENCES, SENTENCE_LATENTS = 6, 4  # and how many latents each is measured on
+LITTLE = 0.8  # share of the unweighted error from which on a sentence is said to carry little
+
+REFERENCES = {"unweighted": "without weights", "empty": "empty prompt"}  # what pictures are compared with, in words
 
 Progress = tuple[str, int, int]  # phase, done, total
 
@@ -32,27 +39,37 @@ class SentenceError:
     """The error of the embedding in one sentence, and that of the prompt without its weights there."""
 
     sentence: str
-    error: float
+    error: float  # weighted by what moves the picture, as a share of the empty prompt's
     unweighted_error: float | None
-    share: float | None  # error / unweighted_error: below 1 is better than leaving the weights out
+    share: float | None  # of the unweighted prompt's pooled error: below 1 is better than leaving the weights out
     fitted: bool  # whether the embedding was made for this very sentence
+
+    def worse(self) -> bool:
+        """Whether the prompt without its weights comes closer, by either way of counting."""
+        return self.share is not None and (self.share > 1 or self.error > (self.unweighted_error or math.inf))
 
 
 @dataclass(frozen=True)
 class Fidelity:
     """The figures of one embedding, and the pictures behind them."""
 
+    picture_error: float | None  # of the finished latents; a share of the reference's squared difference
+    reference: str  # "unweighted": the prompt without its weights; "empty" where it has none
     error: float  # 0: the U-Net does the same as under the prompt; 1: as far away as under an empty prompt
     unweighted_error: float | None  # the same for the prompt without its weights
-    recovered: float | None  # share of the emphasis the embedding carries
+    recovered: float | None  # share of the emphasis the embedding carries at single steps
     sentences: tuple[SentenceError, ...]
     pixel_difference: float | None  # mean absolute difference of the pictures, 0 to 1
     unweighted_pixel_difference: float | None
-    pictures: dict[str, Tensor] = field(repr=False)  # "prompt", "embedding", "unweighted" -> [B, 3, H, W] in 0..1
+    pictures: dict[str, Tensor] = field(repr=False)  # "prompt", "embedding", reference -> [B, 3, H, W] in 0..1
+    unweighted_noise: float | None = None  # as unweighted_error, but with all noise levels alike: a curve's own scale
+    taken: int = 0  # which of the candidates was measured last and so is meant
 
     def figures(self) -> dict[str, Any]:
         """The numbers alone, as plain values."""
         return {
+            "picture_error": self.picture_error,
+            "picture_reference": self.reference,
             "error": self.error,
             "unweighted_error": self.unweighted_error,
             "recovered": self.recovered,
@@ -69,7 +86,13 @@ class Fidelity:
         return {"median": median(shares), "worst": max(shares)} if shares else None
 
 
-def report_sentences(request: EstimateRequest, session: Session) -> tuple[str, ...]:
+def exact(target: Target, chosen: Sequence[str]) -> Fidelity:
+    """The figures of vectors that are the prompt's own tokens: no difference anywhere, and nothing to draw."""
+    said = tuple(SentenceError(sentence, 0.0, None, None, False) for sentence in chosen)
+    return Fidelity(0.0, "empty", 0.0, None, None, said, None, None, {})
+
+
+def report_sentences(request: EstimateRequest) -> tuple[str, ...]:
     """The sentences a report is made of: those the user gave, or caption-like ones that depend on the seed only.
 
     With --use sentence the user's are learnt from, and the report has others besides.
@@ -86,76 +109,141 @@ def report_sentences(request: EstimateRequest, session: Session) -> tuple[str, .
 
 
 def measure(
-    session: Session, target: Target, request: EstimateRequest, vectors: Vectors, chosen: Sequence[str]
+    session: Session,
+    target: Target,
+    request: EstimateRequest,
+    candidates: Sequence[Callable[[], Vectors]],
+    chosen: Sequence[str],
 ) -> Iterator[Progress | Fidelity]:
-    """Measures vectors alone and in the chosen sentences. Yields progress and last the Fidelity.
+    """Measures the first candidate that does no worse than leaving the weights out, alone and in the chosen sentences,
+    or else the last. Yields progress and last the Fidelity.
 
-    target: the prompt alone.
+    target: the prompt alone. A sentence the embedding isn't made for does not count: with --use whole none does.
     """
-    with torch.no_grad():
-        embedding = target.embed(session, vectors)
-    bank = yield from _bank("Held-out noise", session, target, request, SEEDS, request.sampling_steps)
-    error = denoising_error(session, bank, embedding)
-    unweighted = None if bank.plain is None else share_of_empty(bank.plain, bank)
-    in_sentences = []
-    for number, sentence in enumerate(chosen):
-        yield "Sentences", number, len(chosen)
-        in_sentences.append((yield from _in_sentence(session, request, vectors, sentence)))
-    pictures = yield from _pictures(session, target, request, embedding)
-    yield Fidelity(
-        error=error,
-        unweighted_error=unweighted,
-        recovered=recovered_share(error, unweighted),
-        sentences=tuple(in_sentences),
-        pixel_difference=_difference(pictures, "embedding"),
-        unweighted_pixel_difference=_difference(pictures, "unweighted"),
-        pictures=pictures,
-    )
+    court = Court(session, target, request, chosen)
+    yield from court.prepare()
+    for number, candidate in enumerate(candidates):
+        last = number + 1 == len(candidates)
+        judged = yield from court.judge(candidate(), pictures_anyway=last)
+        if judged is not None and (last or not court.worse(judged)):
+            yield replace(judged, taken=number)
+            return
 
 
-def _bank(
-    phase: str | None, session: Session, target: Target, request: EstimateRequest, seeds: int, steps: int
-) -> Iterator[Progress]:
-    noise = latent_noise(request, session, HELD_OUT, seeds)
-    for progress in build_bank(session, target, noise, request.cfg_scale, steps=steps, offset=OFFSET):
-        if isinstance(progress, Bank):
-            return progress
-        if phase:
-            yield phase, progress, steps
+class Court:
+    """What every candidate is measured against, made once."""
+
+    def __init__(self, session: Session, target: Target, request: EstimateRequest, chosen: Sequence[str]) -> None:
+        self.session, self.target, self.request, self.chosen = session, target, request, chosen
+        self.reference = "empty" if target.plain is None else "unweighted"
+        self.finals: dict[str, Tensor] = {}
+        self.banks: dict[str, tuple[Target, Bank]] = {}  # of each sentence
+        self.suspects: list[str] = []  # sentences that a candidate was worse in, the latest first
+
+    def prepare(self) -> Iterator[Progress]:
+        """Draws the prompt's pictures, and those of what it is compared with, and measures on their way."""
+        target, images = self.target, self.request.images
+        path = yield from self._draw("prompt", target.guidance)
+        self.bank = bank_of(self.session, target, path, range(len(target.guidance)), levels=LEVELS)
+        if images:
+            plain = target.plain if target.plain is not None else target.with_embedding(target.empty)
+            yield from self._draw(self.reference, plain)
+        few = torch.linspace(0, len(self.bank) - 1, SENTENCE_LATENTS).round().long()
+        shared = self.bank.at(few)
+        for number, sentence in enumerate(self.chosen):
+            yield "Sentences", number, len(self.chosen)
+            inside = build_target(self.request, self.session, sentence)
+            self.banks[sentence] = inside, bank_under(self.session, shared, inside)
+
+    def judge(self, vectors: Vectors, pictures_anyway: bool) -> Iterator[Progress]:
+        """The Fidelity of vectors; None where they are worse by noise already, unless pictures are wanted anyway."""
+        with torch.no_grad():
+            embedding = self.target.embed(self.session, vectors)
+        yield "Noise", 0, 1
+        fidelity = self._by_noise(embedding)
+        measured: dict[str, SentenceError] = {}
+        # Where the candidate before was worse this one may be, too: one look there saves the looks elsewhere.
+        for sentence in dict.fromkeys([*self.suspects, *self.banks]):
+            measured[sentence] = self._in_sentence(vectors, sentence)
+            fidelity = replace(fidelity, sentences=tuple(measured[s] for s in self.banks if s in measured))
+            if not pictures_anyway and self.worse(fidelity):
+                self.suspects.insert(0, sentence)
+                return None
+        if not self.request.images:
+            return fidelity
+        yield from self._draw("embedding", self.target.with_embedding(embedding))
+        order = ("prompt", "embedding", self.reference)
+        pictures = {name: self.session.decode(self.finals[name]) for name in order}
+        return replace(
+            fidelity,
+            picture_error=picture_error(*(self.finals[name] for name in ("embedding", "prompt", self.reference))),
+            pixel_difference=_difference(pictures, "embedding"),
+            unweighted_pixel_difference=_difference(pictures, "unweighted"),
+            pictures=pictures,
+        )
+
+    def worse(self, fidelity: Fidelity) -> bool:
+        """Whether leaving the weights out would do better where the embedding is meant to stand."""
+        if self.target.plain is None:
+            return False
+        use = self.request.use
+        meant = [s for s in fidelity.sentences if use is Use.ANYWHERE or (use is Use.SENTENCE and s.fitted)]
+        alone = use is not Use.SENTENCE and (
+            (fidelity.recovered or 0) < 0
+            or fidelity.error > (fidelity.unweighted_error or math.inf)
+            or (fidelity.picture_error or 0) > 1
+        )
+        return alone or any(s.worse() for s in meant)
+
+    def _by_noise(self, embedding: Conditioning) -> Fidelity:
+        """The figures of the embedding alone, but for pictures."""
+        bank = self.bank
+        eps = noise_under(self.session, bank.x, bank.timestep, embedding)
+        unweighted = None if bank.plain is None else share_of_empty(bank.plain, bank, weighted=True)
+        pooled = (
+            None if bank.plain is None else recovered_share(share_of_empty(eps, bank), share_of_empty(bank.plain, bank))
+        )
+        return Fidelity(
+            picture_error=None,
+            reference=self.reference,
+            error=share_of_empty(eps, bank, weighted=True),
+            unweighted_error=unweighted,
+            recovered=pooled,
+            sentences=(),
+            unweighted_noise=None if bank.plain is None else share_of_empty(bank.plain, bank),
+            pixel_difference=None,
+            unweighted_pixel_difference=None,
+            pictures={},
+        )
+
+    @torch.no_grad()
+    def _in_sentence(self, vectors: Vectors, sentence: str) -> SentenceError:
+        target, bank = self.banks[sentence]
+        eps = noise_under(self.session, bank.x, bank.timestep, target.embed(self.session, vectors))
+        unweighted = share = None
+        if bank.plain is not None:
+            unweighted = share_of_empty(bank.plain, bank, weighted=True)
+            share = squared(eps, bank, weighted=False) / max(squared(bank.plain, bank, weighted=False), 1e-30)
+        fitted = self.request.use is Use.SENTENCE and sentence in self.request.sentence
+        return SentenceError(sentence, share_of_empty(eps, bank, weighted=True), unweighted, share, fitted)
+
+    def _draw(self, name: str, guidance: tuple[StepConditioning, ...]) -> Iterator[Progress]:
+        noise = latent_noise(self.request, self.session, PICTURES, self.request.images or SEEDS)
+        for progress in self.session.sample(noise, guidance, self.request.cfg_scale):
+            if isinstance(progress, Trajectory):
+                self.finals[name] = progress.final
+                return progress
+            yield f"Pictures ({name})", progress, len(guidance)
 
 
-def _in_sentence(session: Session, request: EstimateRequest, vectors: Vectors, sentence: str) -> Iterator[Progress]:
-    target = build_target(request, session, sentence)
-    bank = yield from _bank(None, session, target, request, SENTENCE_SEEDS, SENTENCE_STEPS)
-    with torch.no_grad():
-        error = denoising_error(session, bank, target.embed(session, vectors))
-    unweighted = None if bank.plain is None else share_of_empty(bank.plain, bank)
-    fitted = request.use is Use.SENTENCE and sentence in request.sentence
-    return SentenceError(sentence, error, unweighted, error / unweighted if unweighted else None, fitted)
+def picture_error(given: Tensor, wanted: Tensor, reference: Tensor) -> float:
+    """|x0 - x0*|^2 / |x0(reference) - x0*|^2 of finished latents `[B, c, h, w]`; its geometric mean over B seeds.
 
-
-def _pictures(
-    session: Session, target: Target, request: EstimateRequest, embedding: Conditioning
-) -> Iterator[Progress]:
-    guidances = {"prompt": target.guidance, "embedding": target.with_embedding(embedding)}
-    if target.plain is not None:
-        guidances["unweighted"] = target.plain
-    pictures: dict[str, Tensor] = {}
-    if request.images:
-        total = len(guidances) * request.sampling_steps
-        for number, (name, guidance) in enumerate(guidances.items()):
-            for progress in _draw(session, request, guidance):
-                if isinstance(progress, Tensor):
-                    pictures[name] = progress
-                else:
-                    yield "Pictures", number * request.sampling_steps + progress, total
-    return pictures
-
-
-def _draw(session: Session, request: EstimateRequest, guidance: tuple[StepConditioning, ...]) -> Iterator[int | Tensor]:
-    noise = latent_noise(request, session, PICTURES, request.images)
-    for progress in session.sample(noise, guidance, request.cfg_scale):
-        yield session.decode(progress.final) if isinstance(progress, Trajectory) else progress
+    Geometric, because now and then a picture flips into another, which an ordinary mean is ruled by.
+    """
+    off, far = ((x - wanted).float().square().flatten(1).sum(1) for x in (given, reference))
+    least = 1e-9 * wanted.float().square().flatten(1).sum(1)
+    return float((off.clamp_min(0) + least).log().mean().sub((far + least).log().mean()).exp())
 
 
 def _difference(pictures: dict[str, Tensor], name: str) -> float | None:
@@ -165,19 +253,41 @@ def _difference(pictures: dict[str, Tensor], name: str) -> float | None:
     return float((pictures[name] - pictures["prompt"]).abs().mean())
 
 
+# ---- in words -----------------------------------------------------------------------------------------------------
+
+
 def result_sentence(fidelity: Fidelity, name: str) -> str:
     """The figures in words."""
-    text = f"{name} does {100 * (1 - fidelity.error):.1f}% of what the prompt does (error {fidelity.error:.4f})."
-    if fidelity.recovered is not None:
-        text += (
-            f" It carries {100 * max(0.0, fidelity.recovered):.0f}% of the emphasis: without its weights the prompt "
-            f"has error {fidelity.unweighted_error:.4f}."
-        )
+    lines = [*_pictures_in_words(fidelity, name), *_steps_in_words(fidelity)]
     for fitted, where in ((True, "In the sentences it was made for"), (False, "In other sentences")):
         shares = fidelity.sentence_error(fitted)
         if shares:
-            text += (
-                f"\n{where} its error is {shares['median']:.2f} of that without weights (median; worst "
-                f"{shares['worst']:.2f}; above 1 is worse than leaving the weights out)."
+            lines.append(
+                f"{where} {100 * shares['median']:.0f}% of what the weights change is left (median; worst "
+                f"{100 * shares['worst']:.0f}%; above 100% is worse than leaving the weights out)."
             )
-    return text
+    weak = [s.sentence for s in fidelity.sentences if s.share is not None and s.share > LITTLE]
+    if weak and fidelity.sentence_error(False):
+        lines.append(f"It carries little in sentences such as {weak[0]!r}.")
+    return "\n".join(lines)
+
+
+def _pictures_in_words(fidelity: Fidelity, name: str) -> Iterator[str]:
+    if fidelity.picture_error is None:
+        return
+    left = f"{100 * fidelity.picture_error:.{1 if fidelity.picture_error < 0.1 else 0}f}%"
+    if fidelity.reference == "unweighted":
+        yield f"{name}: of what the weights change in the finished pictures, {left} is left (picture error)."
+    else:
+        yield f"{name}: of what the prompt changes in the finished pictures, {left} is left (picture error)."
+
+
+def _steps_in_words(fidelity: Fidelity) -> Iterator[str]:
+    text = f"At single sampling steps its error is {fidelity.error:.4f} of an empty prompt's"
+    if fidelity.recovered is None:
+        yield text + "."
+        return
+    yield (
+        f"{text}, {fidelity.unweighted_error:.4f} without the weights; it carries "
+        f"{100 * max(0.0, fidelity.recovered):.0f}% of the emphasis there."
+    )

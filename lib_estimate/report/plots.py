@@ -67,7 +67,7 @@ def curve(path: Path, losses: Sequence[float], errors: Sequence[tuple[int, float
             marker="o",
             markersize=3,
             color="tab:blue",
-            label="error on noise not learnt from",
+            label="error that the best vectors are picked by",
         )
     if unweighted:
         axes.axhline(unweighted, linestyle="--", color="tab:red", linewidth=1, label="the prompt without its weights")
@@ -89,7 +89,8 @@ def live_curve(
 
     Where an error is not a number, its line breaks off.
 
-    Grey: the loss of each step. Blue: the error on noise not learnt from. Red, dashed: the prompt without its weights.
+    Grey: the loss of each step. Blue: the error that the best vectors are picked by. Red, dashed: the prompt without
+    its weights.
     """
     width, height = CURVE_SIZE
     out = Image.new("RGB", CURVE_SIZE, "white")
@@ -118,7 +119,7 @@ def live_curve(
         y = at(0, unweighted)[1]
         for x in range(MARGIN, width - GAP, 12):
             pen.line((x, y, x + 6, y), fill=(200, 40, 40), width=2)
-    legend = "grey: loss   blue: error on new noise" + ("   red: the prompt without its weights" if unweighted else "")
+    legend = "grey: loss   blue: error to pick by" + ("   red: the prompt without its weights" if unweighted else "")
     # Below, because a tab puts its own label over the upper corner.
     pen.text((MARGIN, height - 18), f"step {last}   {legend}", fill=(90, 90, 90), font=font)
     return out

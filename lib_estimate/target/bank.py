@@ -7,7 +7,8 @@ several chunks is only another kind of entry: whatever it is made of, the U-Net'
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,19 +26,31 @@ CHUNK = 16  # latents through the U-Net at once where no gradient is kept
 class Bank:
     """Noisy latents and what the U-Net should say there.
 
-    x `[M, c, h, w]`, timestep `[M]`, step `[M]` (number of the sampling step), target eps `[M, c, h, w]`. What only
-    measuring needs, else None: the eps of the empty prompt, and of the prompt without weights if it has any.
+    x `[M, c, h, w]`, timestep `[M]`, step `[M]` (number of the sampling step), weight `[M]` (dsigma^2 of that step,
+    what an error of eps there does to the finished latents' squared error, to first order), target eps
+    `[M, c, h, w]`. What only measuring needs, else None: the eps of the empty prompt, and of the prompt without weights
+    if it has any.
     """
 
     x: Tensor
     timestep: Tensor
     step: Tensor
+    weight: Tensor
     target: Tensor
     empty: Tensor | None
     plain: Tensor | None
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def at(self, rows: Tensor, weight: Tensor | None = None) -> Bank:
+        """The entries at indices `[K]`, with weights `[K]` of their own where given."""
+        there = rows.to(self.x.device)
+        picked = [getattr(self, name) for name in ("x", "timestep", "target", "empty", "plain")]
+        x, timestep, target, empty, plain = (None if field is None else field[there] for field in picked)
+        return Bank(
+            x, timestep, self.step[rows], self.weight[there] if weight is None else weight, target, empty, plain
+        )
 
 
 def latent_noise(request: EstimateRequest, session: Session, region: int, count: int) -> Tensor:
@@ -49,6 +62,49 @@ def latent_noise(request: EstimateRequest, session: Session, region: int, count:
         generator = torch.Generator().manual_seed((request.seed * 4 + region) * 1009 + index)
         noise.append(torch.randn(info.latent_channels, height, width, generator=generator))
     return torch.stack(noise).to(info.device)
+
+
+def bank_of(
+    session: Session,
+    target: Target,
+    path: Trajectory,
+    chosen: Sequence[int],
+    *,
+    levels: int = 0,
+    references: bool = True,
+    plain: bool = True,
+) -> Bank:
+    """What a generation under the target met; chosen: the target's own step at each of the path's.
+
+    levels: only so many of its steps, evenly, each with the weights of the steps it stands for. `references` and
+    `plain`: whether to record the eps of the empty prompt and of the prompt without weights.
+    """
+    steps, seeds = path.x.shape[:2]
+    weight = path.dsigma.square()
+    taken = list(range(steps))
+    if levels and levels < steps:
+        edges = [level * steps // levels for level in range(levels + 1)]
+        taken = [(a + b) // 2 for a, b in pairwise(edges)]
+        weight = torch.stack([weight[a:b].sum() for a, b in pairwise(edges)])
+    x, timestep = path.x[taken].flatten(0, 1), path.timestep[taken].repeat_interleave(seeds)
+    step = torch.tensor([chosen[index] for index in taken]).repeat_interleave(seeds)
+    own, other = (path.negative, path.positive) if target.negative else (path.positive, path.negative)
+    empty = unweighted = None
+    if references:
+        known = _other_is_empty(target)
+        empty = other[taken].flatten(0, 1) if known else noise_under(session, x, timestep, target.empty)
+    if references and plain and target.plain is not None:
+        unweighted = guided_noise(session, x, timestep, step, target.plain, target.negative)
+    return Bank(x, timestep, step, weight.repeat_interleave(seeds), own[taken].flatten(0, 1), empty, unweighted)
+
+
+def bank_under(session: Session, bank: Bank, target: Target) -> Bank:
+    """The latents of a bank with what another target says there; the empty prompt's eps is the same."""
+    wanted = guided_noise(session, bank.x, bank.timestep, bank.step, target.guidance, target.negative)
+    plain = None
+    if target.plain is not None:
+        plain = guided_noise(session, bank.x, bank.timestep, bank.step, target.plain, target.negative)
+    return replace(bank, target=wanted, plain=plain)
 
 
 def build_bank(
@@ -79,16 +135,7 @@ def build_bank(
         else:
             yield progress
     assert path is not None
-    seeds = path.x.shape[1]
-    x, timestep = path.x.flatten(0, 1), path.timestep.repeat_interleave(seeds)
-    step = torch.tensor(chosen).repeat_interleave(seeds)
-    own, other = (path.negative, path.positive) if target.negative else (path.positive, path.negative)
-    empty = unweighted = None
-    if references:
-        empty = other.flatten(0, 1) if _other_is_empty(target) else noise_under(session, x, timestep, target.empty)
-    if references and plain and target.plain is not None:
-        unweighted = guided_noise(session, x, timestep, step, target.plain, target.negative)
-    yield Bank(x=x, timestep=timestep, step=step, target=own.flatten(0, 1), empty=empty, plain=unweighted)
+    yield bank_of(session, target, path, chosen, references=references, plain=plain)
 
 
 def joined(banks: Sequence[Bank]) -> tuple[Bank, Tensor]:
@@ -99,7 +146,7 @@ def joined(banks: Sequence[Bank]) -> tuple[Bank, Tensor]:
         pieces = [getattr(bank, field) for bank in banks]
         return None if pieces[0] is None else torch.cat(pieces)[order]
 
-    return Bank(*map(rows, ("x", "timestep", "step", "target", "empty", "plain"))), order
+    return Bank(*map(rows, ("x", "timestep", "step", "weight", "target", "empty", "plain"))), order
 
 
 def _spread(available: int, count: int) -> list[int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lib_estimate.hosts.base import Session
 from lib_estimate.progress import Cancel, Interrupted, Phase
-from lib_estimate.request import EstimateRequest, Part, Use
+from lib_estimate.request import Effort, EstimateRequest, Part, Use
 from lib_estimate.target.bank import TRAIN, VALIDATION, Bank, build_bank, joined, latent_noise
 from lib_estimate.target.queries import Queries, Recorder
 from lib_estimate.target.target import Target, build_target
@@ -23,19 +23,36 @@ class Recording:
     offsets: tuple[float, ...]
 
 
+# Several short generations together cost as much as one.
+LEARNT_FROM = {
+    Effort.QUICK: Recording(1, 5, (-0.25, -0.75)),
+    Effort.NORMAL: Recording(2, 5, (-0.25, -0.75)),
+    Effort.BEST: Recording(4, 5, (-0.25, -0.75)),
+}
+# Checked on two seeds, as a single one can favour what is worse, and at timesteps between those learnt from.
+CHECKS = {
+    Effort.QUICK: Recording(1, 5, (-0.5,)),
+    Effort.NORMAL: Recording(2, 5, (-0.5,)),
+    Effort.BEST: Recording(4, 5, (-0.5,)),
+}
+
+
 def recording(request: EstimateRequest) -> Recording:
-    """By default several short generations, which together cost as much as one.
+    """What is learnt from.
 
     Other noise and other timesteps teach more than more steps on the same way. The U-Net part, slow as it is anyway,
     gains from more of both.
     """
     if request.trajectories or request.part is Part.UNET:
         return Recording(request.trajectories or 4, request.sampling_steps, (-0.25,))
-    return Recording(2, min(5, request.sampling_steps), (-0.25, -0.75))
+    what = LEARNT_FROM[request.effort]
+    return replace(what, steps=min(what.steps, request.sampling_steps))
 
 
-# Checked on two seeds, as a single one can favour what is worse, and at timesteps between those learnt from.
-CHECKS = Recording(2, 5, (-0.5,))
+def checks(request: EstimateRequest) -> Recording:
+    """What the best vectors are picked by."""
+    what = CHECKS[request.effort]
+    return replace(what, steps=min(what.steps, request.sampling_steps))
 
 
 @dataclass(frozen=True)
@@ -75,8 +92,8 @@ def _material(request: EstimateRequest, session: Session, target: Target, cancel
         return bank, recorder.queries(bank.step, order)
 
     bank, queries = yield from recorded("Recording the target", TRAIN, recording(request), references=False)
-    checks, check_queries = yield from recorded("Recording checks", VALIDATION, CHECKS, plain=False)
-    return Material(target, bank, checks, queries, check_queries)
+    beside, check_queries = yield from recorded("Recording checks", VALIDATION, checks(request), plain=False)
+    return Material(target, bank, beside, queries, check_queries)
 
 
 def _sampled(phase: str, sampling: Iterator[int | Bank], steps: int, cancel: Cancel) -> Iterator[Phase]:

@@ -20,7 +20,7 @@ def test_a_run_moves_on_in_words_and_ends_with_its_outcome(host, short) -> None:
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
     assert len(set(fractions)) > 10
-    assert any("Learning (unet): step" in view.words for view in seen)
+    assert any("Learning (unet and sketch): step" in view.words for view in seen)
     assert any(isinstance(view.curve, Image.Image) for view in seen)
     assert [view.outcome for view in seen[:-1]] == [None] * (len(seen) - 1)
     assert isinstance(seen[-1].outcome, job.Outcome)

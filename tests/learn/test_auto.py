@@ -27,8 +27,9 @@ def test_emphasis_is_carried(host, tmp_path) -> None:
         sentence=("a photo of {}",),
     )
     figures = run(request, host).fidelity
-    assert figures.error < 0.15 * figures.unweighted_error
-    assert figures.recovered == pytest.approx(1 - figures.error / figures.unweighted_error)
+    assert figures.recovered > 0.7
+    assert figures.error < figures.unweighted_error
+    assert figures.picture_error < 0.35
     assert set(figures.pictures) == {"prompt", "embedding", "unweighted"}
     assert len(figures.pictures["prompt"]) == 4
     assert 0 < figures.pixel_difference < 0.75 * figures.unweighted_pixel_difference
@@ -51,7 +52,7 @@ def test_for_use_anywhere_it_goes_a_part_of_the_way(host, short, session, monkey
     monkeypatch.setattr(learning, "SHARE_OF_THE_WAY", 1.0)
     whole = run(request, host).embedding.vectors["clip_l"] - start
     assert whole.abs().max() > 0
-    assert torch.allclose(held_back, 0.65 * whole, atol=1e-6)
+    assert torch.allclose(held_back, 0.75 * whole, atol=1e-6)
 
 
 def test_for_one_sentence_it_is_best_there(host, short) -> None:
@@ -77,7 +78,7 @@ def test_two_sentences_at_once(host, short) -> None:
 
 def test_auto_says_what_it_picked(host, short) -> None:
     outcome = run(dataclasses.replace(short, part=Part.AUTO, steps=5), host)
-    assert [s["part"] for s in outcome.record["stages"]] == ["cross-attention", "unet"]
+    assert [s["part"] for s in outcome.record["stages"]] == ["cross-attention", "sketch", "unet and sketch"]
     assert outcome.record["stages"][0]["optimizer"] == "LBFGS"
     assert sum(s["steps_run"] for s in outcome.record["stages"]) == outcome.record["steps_run"] == 5
 

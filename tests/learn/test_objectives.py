@@ -13,16 +13,18 @@ from lib_estimate.errors import RequestError
 from lib_estimate.hosts import denoising
 from lib_estimate.hosts.base import Conditioning
 from lib_estimate.learn.initial import initial_vectors
+from lib_estimate.learn.objectives import sketch
 from lib_estimate.learn.objectives.base import Together
 from lib_estimate.learn.objectives.cross_attention import CrossAttention, InSentences
-from lib_estimate.learn.objectives.denoising import Denoising, DenoisingInSentences
+from lib_estimate.learn.objectives.denoising import Denoising
 from lib_estimate.learn.objectives.hidden_state import HiddenState
+from lib_estimate.learn.objectives.sketch import Sketch, Sketched, SketchInSentences, sketched
 from lib_estimate.learn.registry import LOSSES
 from lib_estimate.target.sentences import distinct
 from tests.conftest import all_parameters, record
 
-SENTENCES = ("in sentences", "denoising in sentences")
-PARTS = ("transformer", "unet", "cross-attention", *SENTENCES, "together")
+SENTENCES = ("in sentences", "sketch in sentences")
+PARTS = ("transformer", "unet", "cross-attention", "sketch", *SENTENCES, "together")
 
 
 def make(part: str, session, request, loss: str = "MSE"):
@@ -30,17 +32,26 @@ def make(part: str, session, request, loss: str = "MSE"):
     if part == "transformer":
         return HiddenState(session, material.target, distance)
     if part == "unet":
-        return Denoising(session, material.target, material.bank, material.checks, distance, batch=4)
+        return Denoising(session, material.target, material.bank, material.checks, distance, batch=4, fixed=12)
     if part == "cross-attention":
         return CrossAttention(session, material.target, material.queries, distance)
     if part == "in sentences":
         return InSentences(session, material.target, material.queries, distance, request.prompt, ())
-    if part == "denoising in sentences":
-        m = material
-        return DenoisingInSentences(session, m.target, m.bank, m.checks, distance, request.prompt, ())
+    if part == "sketch":
+        return Sketch(session, material.target, sketch_of(session, material))
+    if part == "sketch in sentences":
+        return SketchInSentences(session, material.target, sketch_of(session, material), request.prompt, ())
     other = record(session, request, "a photo of {}, large")
     pair = [CrossAttention(session, m.target, m.queries, distance) for m in (material, other)]
     return Together(pair)
+
+
+def sketch_of(session, material, budget: float = 2**30) -> Sketched:
+    """Of every other latent, which is enough to learn something."""
+    bank = material.bank
+    given = [material.target.wanted(step)[0][1] for step in bank.step[::2].tolist()]
+    *_, recorded = sketched(session, given, bank.x[::2], bank.timestep[::2], budget, seed=0)
+    return recorded
 
 
 def learn(objective, vectors: torch.Tensor, steps: int = 12) -> list[float]:
@@ -67,6 +78,11 @@ def lowers(objective, session, request) -> bool:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_learning_lowers_the_loss(part, loss, session, short) -> None:
     assert lowers(make(part, session, short, loss), session, short)
+
+
+@pytest.mark.parametrize("part", ["sketch", *SENTENCES])
+def test_learning_lowers_the_losses_that_have_one_distance(part, session, short) -> None:
+    assert lowers(make(part, session, short), session, short)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -112,7 +128,7 @@ def test_the_loss_is_near_zero_at_a_match(part, session, short) -> None:
     assert far > 0.05
 
 
-@pytest.mark.parametrize("part", ["transformer", "cross-attention"])
+@pytest.mark.parametrize("part", ["transformer", "cross-attention", "sketch"])
 def test_the_loss_is_one_at_the_empty_prompt(part, session, short) -> None:
     objective = make(part, session, short)
     objective.target = dataclasses.replace(objective.target, frame="", negative=False)
@@ -121,8 +137,9 @@ def test_the_loss_is_one_at_the_empty_prompt(part, session, short) -> None:
         assert objective.loss({}, None).item() == pytest.approx(1, rel=1e-4)
 
 
-def test_in_sentences_the_plain_prompt_has_a_loss_of_one(session, short) -> None:
-    objective = make("in sentences", session, short)
+@pytest.mark.parametrize("part", SENTENCES)
+def test_in_sentences_the_plain_prompt_has_a_loss_of_one(part, session, short) -> None:
+    objective = make(part, session, short)
     objective.FLOOR = 0.0
     drawn = objective.draw(torch.Generator().manual_seed(0), fixed=False)
     with torch.no_grad():
@@ -131,17 +148,65 @@ def test_in_sentences_the_plain_prompt_has_a_loss_of_one(session, short) -> None
     assert torch.allclose(shares, torch.ones_like(shares), rtol=1e-3), shares
 
 
-def test_the_plain_prompt_is_the_measure_of_predicted_noise_in_sentences_too(session, short) -> None:
-    objective = make("denoising in sentences", session, short)
-    objective.floor = 0.0
-    drawn = objective.draw(torch.Generator().manual_seed(0), fixed=False)
+def test_the_sketch_tells_what_a_small_change_does_to_the_predicted_noise(session, short) -> None:
+    """Its sums are those of probe times eps, for a change of the conditioning that is small enough to be linear."""
+    material = record(session, short)
+    bank, target = material.bank, material.target
+    wanted, at = target.single(), slice(3, 4)
+    probe = torch.randn(bank.x[at].shape, generator=torch.Generator().manual_seed(1))
+    seen = session.sensitivity(bank.x[at], bank.timestep[at], wanted, probe)
+    change = 1e-3 * torch.randn(wanted.hidden.shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        assert objective.loss(session.token_vectors("a red circle"), drawn).item() == pytest.approx(1, rel=1e-3)
+        eps = [
+            session.predict_noise(bank.x[at], bank.timestep[at], Conditioning(wanted.hidden + s * change))
+            for s in (1, -1)
+        ]
+        layers = session.cross_attention()
+        moved = [
+            (layer(hidden, wanted.hidden + change) - layer(hidden, wanted.hidden - change)) * gradient
+            for layer, hidden, gradient in zip(layers, seen.hidden, seen.gradient, strict=True)
+        ]
+    # Each layer's queries stay as they were under the target, and what they change downstream is in the gradients.
+    assert sum(m.sum() for m in moved).item() == pytest.approx(((eps[0] - eps[1]) * probe).sum().item(), rel=0.02)
 
 
-@pytest.mark.parametrize("part", ["unet", "denoising in sentences"])
-def test_one_latent_at_a_time_is_the_same_loss(part, session, short) -> None:
-    objective = make(part, session, short)
+def test_the_sketch_keeps_what_fits_and_the_same_places_of_every_layer(session, short) -> None:
+    material = record(session, short)
+    whole, few = (sketch_of(session, material, budget) for budget in (2**30, 2**17))
+    cells = [[len(layer.hidden[0]) // layer.side**2 for layer in recorded.layers] for recorded in (whole, few)]
+    assert len(set(cells[0])) == len(set(cells[1])) == 1
+    assert cells[1][0] < cells[0][0]
+    stored = sum(layer.hidden.nbytes + layer.gradient.nbytes for layer in few.layers)
+    assert stored <= 2**17 or cells[1][0] == 1
+    assert {layer.side for layer in whole.layers} == {1, 2}
+
+
+def test_the_sketchs_sums_are_the_predicted_noise_of_a_small_change(session, short, monkeypatch) -> None:
+    """Over all positions, coarse layers' shared out; with one layer's left out they are not."""
+    monkeypatch.setattr(sketch, "MOST_CELLS", 1.0)
+    material = record(session, short)
+    bank, wanted = material.bank, material.target.single()
+    x, timestep = bank.x[3:4], bank.timestep[3:4]
+    *_, recorded = sketched(session, [wanted], x, timestep, 2**30, seed=5)
+    probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    change = 1e-3 * torch.randn(wanted.hidden.shape, generator=torch.Generator().manual_seed(2))
+    moved = Conditioning(wanted.hidden + change)
+
+    def told(recorded: Sketched) -> float:
+        made = Sketch(session, material.target, recorded)
+        return sum((e - w).sum().item() for e, w in zip(made._sums(moved), made.wanted, strict=True))
+
+    with torch.no_grad():
+        eps = [session.predict_noise(x, timestep, given) for given in (moved, wanted)]
+        truth = ((eps[0] - eps[1]) * probe).sum().item()
+        assert told(recorded) == pytest.approx(truth, rel=0.05)
+        first, *others = recorded.layers
+        none = dataclasses.replace(first, gradient=torch.zeros_like(first.gradient))
+        assert told(Sketched([none, *others], None, recorded.given)) != pytest.approx(truth, rel=0.05)
+
+
+def test_one_latent_at_a_time_is_the_same_loss(session, short) -> None:
+    objective = make("unet", session, short)
     drawn, start = objective.draw(torch.Generator().manual_seed(0), fixed=True), session.token_vectors("a blue square")
 
     def loss() -> tuple[float, torch.Tensor, list[int]]:
@@ -265,9 +330,10 @@ def test_cross_attention_refuses_a_composition(session, short) -> None:
         make("cross-attention", session, dataclasses.replace(short, prompt="a circle AND a star"))
 
 
+@pytest.mark.parametrize("part", ["cross-attention", "sketch"])
 @pytest.mark.parametrize("prompt", ["a [red:(blue:1.4):0.5] circle", "a (red:1.4) circle BREAK a star"])
-def test_cross_attention_follows_what_changes_and_what_is_long(prompt, session, short) -> None:
-    assert lowers(make("cross-attention", session, dataclasses.replace(short, prompt=prompt)), session, short)
+def test_what_changes_and_what_is_long_can_be_followed(part, prompt, session, short) -> None:
+    assert lowers(make(part, session, dataclasses.replace(short, prompt=prompt)), session, short)
 
 
 @pytest.mark.parametrize("prompt", ["a [red:blue:0.5] circle", "a circle AND a star"])

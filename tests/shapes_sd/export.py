@@ -16,12 +16,12 @@ ROWS = 49_408
 LDM_SCALE = 0.18215  # the webuis' own scale of latents; the VAE is changed to fit it
 
 
-def export(work: Path) -> None:
-    """Reads what the training left in `work` and writes the file."""
+def export(work: Path, path: Path | None = None) -> None:
+    """Reads what the training left in `work` and writes the file; without a path over the project's own."""
     unet, text, data = train.averaged(work)
     vae, scale = torch.load(work / "vae.pt"), float(torch.load(work / "latents.pt")["scale"])
     weights = whole(unet.state_dict(), vae, text.state_dict(), data.used_ids, scale)
-    save(weights, HERE / "shapes_sd.safetensors")
+    save(weights, path or HERE / "shapes_sd.safetensors")
 
 
 def whole(

@@ -3,6 +3,10 @@
     python -m tests.shapes_sd.train WORKDIR            # all stages, about three hours on two cores
     python -m tests.shapes_sd.train WORKDIR --stage unet --steps 8000
 
+A second model of the same make, to judge on what was never tuned on, from another seed and over the first one's VAE:
+
+    python -m tests.shapes_sd.train WORKDIR --seed 7771 --vae-of tests/shapes_sd/shapes_sd.safetensors --out FILE
+
 Stages: `text` (the text encoder learns to name what a caption says, as the real one was pre-trained on captions),
 `vae`, `latents`, `unet` (with the text encoder), `decoder` (of the VAE, for longer), `export`. Every stage writes a
 file into WORKDIR and the next one reads it; `vae` and `unet` continue from what is there. Two single-threaded processes
@@ -30,10 +34,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tests.shapes_sd import pictures
 
 HERE = Path(__file__).parent
-WORLD = 2  # processes
+WORLD = 2  # processes, unless told otherwise
 PICTURES = 24_000
 CAPTIONS_EACH = 4
-SEED = 20_261_120
+SEED = 20_261_120  # unless told otherwise
 WORDS_LOST = 0.1  # see with_gaps
 BATCHES = ((0.5, 16), (1.0, 32))  # per process; (until this share of the steps, samples): many small steps first
 EMPTY_SHARE = 0.1  # captions dropped, so that the empty prompt means something under CFG
@@ -425,7 +429,14 @@ STAGES = {
 }
 
 
-def worker(rank: int, stage: str, work: Path, steps: int) -> None:
+def settle(seed: int, processes: int) -> None:
+    """What every process of a run agrees on."""
+    global SEED, WORLD
+    SEED, WORLD = seed, processes
+
+
+def worker(rank: int, stage: str, work: Path, steps: int, seed: int, processes: int) -> None:
+    settle(seed, processes)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{work}/meet_{stage}", rank=rank, world_size=WORLD)
     STAGES[stage][0](work, steps)
@@ -437,17 +448,34 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--stage", choices=[*STAGES, "export"])
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--processes", type=int, default=WORLD)
+    parser.add_argument(
+        "--vae-of", type=Path, metavar="FILE", help="take this checkpoint's VAE instead of training one"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write the model (default: over the project's)"
+    )
     args = parser.parse_args()
+    settle(args.seed, args.processes)
     args.work.mkdir(parents=True, exist_ok=True)
-    for stage in [args.stage] if args.stage else [*STAGES, "export"]:
+    stages = [args.stage] if args.stage else [*STAGES, "export"]
+    if args.vae_of:
+        from lib_estimate.hosts import checkpoint
+
+        torch.save(checkpoint.load(args.vae_of, torch.float32).vae.state_dict(), args.work / "vae.pt")
+        stages = [stage for stage in stages if stage not in ("vae", "decoder")]
+    for stage in stages:
         if stage == "export":
             from tests.shapes_sd import export
 
-            export.export(args.work)
+            export.export(args.work, args.out)
             continue
         (args.work / f"meet_{stage}").unlink(missing_ok=True)
         steps = args.steps if args.steps is not None else STAGES[stage][1]
-        torch.multiprocessing.spawn(worker, (stage, args.work.resolve(), steps), nprocs=WORLD)
+        torch.multiprocessing.spawn(
+            worker, (stage, args.work.resolve(), steps, args.seed, args.processes), nprocs=WORLD
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts import webui
 from lib_estimate.hosts.webui import WebuiHost
 from lib_estimate.hosts.webui_shell import WebuiShell
-from lib_estimate.learn import plan
 from lib_estimate.learn.objectives.cross_attention import CrossAttention
 from lib_estimate.learn.objectives.denoising import Denoising
 from lib_estimate.learn.objectives.hidden_state import HiddenState
@@ -217,17 +216,15 @@ def check_a_cut_gradient_path_is_seen() -> dict[str, Any]:
 
 
 def check_estimate() -> dict[str, Any]:
-    """Both stages for a whole prompt, briefly; the saved file measures as the run said. The caller compares further."""
+    """All stages for a whole prompt, briefly; the saved file measures as the run said. The caller compares further."""
     settings = {"prompt": "(a red circle:1.5)", "seed": 1, "sampling_steps": 6, "steps": 15, "patience": 0}
-    polish = 5
     made = request(**settings, part=Part.AUTO, width=128, height=128)
-    with changed(plan, "POLISH", replace(plan.POLISH, steps=polish)):
-        done = outcome(made)
+    done = outcome(made)
     *_, measured = job.measured(reading.load(done.path), made, WebuiHost(locked=False))
     assert abs(measured.recovered - done.fidelity.recovered) < 1e-3, (measured, done.fidelity)
     assert measured.error < measured.unweighted_error, measured
     return {
-        "settings": settings, "polish": polish, "file": str(done.path), "seconds": done.record["seconds"],
+        "settings": settings, "file": str(done.path), "seconds": done.record["seconds"],
         "recovered": measured.recovered, "error": measured.error, "unweighted_error": measured.unweighted_error,
     }  # fmt: skip
 
@@ -363,7 +360,7 @@ def check_a_run_holds_the_queue() -> dict[str, Any]:
 
 
 def check_the_host_is_as_before_after_success() -> dict[str, Any]:
-    with unchanged_host(), changed(plan, "POLISH", replace(plan.POLISH, steps=3)):
+    with unchanged_host():
         outcome(request(part=Part.AUTO, steps=4, images=1))
         outcome(request(part=Part.UNET, prompt="a red circle AND a (blue:1.3) square"))
     return {}

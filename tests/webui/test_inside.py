@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 
 from lib_estimate import job
 from lib_estimate.files import reading
-from lib_estimate.learn import plan
 from lib_estimate.request import EstimateRequest, Use
 from tests.small_models import small_model
 from tests.webui import standin
@@ -25,7 +23,7 @@ from tests.webui.real_host import SHAPES_SD, RealHost
 
 PROJECT = Path(__file__).parents[2]
 CHECKS = PROJECT / "tests" / "webui" / "checks.py"
-USERS = (PROJECT / "lib_estimate" / "hosts" / "webui.py", PROJECT / "lib_estimate" / "hosts" / "webui_shell.py", CHECKS)
+USERS = (*sorted((PROJECT / "lib_estimate" / "hosts").glob("webui*.py")), CHECKS)
 BASES = {
     "LatentDiffusion": "repositories/stable-diffusion-stability-ai/ldm/models/diffusion/ddpm.py",
     "DiffusionEngine": "repositories/generative-models/sgm/models/diffusion.py",
@@ -67,16 +65,13 @@ if ROOT:  # not skipped one by one: conftest.py says it in one line
     def test_in_the_real_webui(each_real_host: RealHost, name: str) -> None:
         print(json.dumps(each_real_host.run(name)))
 
-    def test_an_estimate_of_the_real_webui_measures_the_same_here(
-        real_host: RealHost, host, tmp_path, monkeypatch
-    ) -> None:
+    def test_an_estimate_of_the_real_webui_measures_the_same_here(real_host: RealHost, host, tmp_path) -> None:
         """The same file in both hosts: two runs of L-BFGS part ways in their last digits, two measurements do not."""
         there = real_host.run("estimate")
         request = EstimateRequest(
             **there["settings"], name="here", out=str(tmp_path), use=Use.WHOLE, sentence=("a photo of {}",), images=0
         )
         *_, here = job.measured(reading.load(Path(there["file"])), request, host)
-        monkeypatch.setattr(plan, "POLISH", replace(plan.POLISH, steps=there["polish"]))
         *_, own = job.estimate(request, host)
         print(f"recovered: {there['recovered']:.4f} of the webui's file there, {here.recovered:.4f} of it here, "
               f"{own.fidelity.recovered:.4f} of a file made here")  # fmt: skip
