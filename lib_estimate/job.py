@@ -215,7 +215,7 @@ def _report(
         run.best = ways[fidelity.taken]()
         yield Note(WENT_BACK.format(100 * share) if share else STAYED)
     worse = [s.sentence for s in fidelity.sentences if s.worse()]
-    if worse:
+    if worse and request.use is not Use.WHOLE:
         yield Note(f"In sentences such as {worse[0]!r} the prompt without its weights comes closer than the embedding.")
     return fidelity
 

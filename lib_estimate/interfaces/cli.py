@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).parents[2]
 DEMO_MODEL = CHECKOUT / "tests" / "shapes_sd" / "shapes_sd.safetensors"
-DEMO_PROMPT = "a yellow star below a (black:1.5) circle on a white background"
+DEMO_PROMPT = "a (small:1.5) red circle to the left of a large blue star"
 SHORT_FLAGS = {"learning_rate": "--lr"}
 CONTEXT = (
     "negative",
@@ -321,7 +321,9 @@ def _demo(args: argparse.Namespace) -> int:
 
     if not DEMO_MODEL.exists():
         raise ModelError(f"The demo's model is not at {DEMO_MODEL}: run the demo from a checkout of the project.")
-    request = EstimateRequest(prompt=DEMO_PROMPT, name="demo-star", out=str(args.out), overwrite=True, use=Use.WHOLE)
+    request = EstimateRequest(
+        prompt=DEMO_PROMPT, name="demo-star", out=str(args.out), overwrite=True, use=Use.WHOLE, images=4
+    )
     errors: list[tuple[int, float]] = []
     sys.stderr.write(f"Estimating {DEMO_PROMPT!r} on the small model; this takes about a minute.\n")
     outcome = _run(request, ModelOptions(model=str(DEMO_MODEL)), errors)

@@ -62,6 +62,7 @@ class Fidelity:
     pixel_difference: float | None  # mean absolute difference of the pictures, 0 to 1
     unweighted_pixel_difference: float | None
     pictures: dict[str, Tensor] = field(repr=False)  # "prompt", "embedding", reference -> [B, 3, H, W] in 0..1
+    picture_errors: tuple[float, ...] = ()  # picture by picture
     unweighted_noise: float | None = None  # as unweighted_error, but with all noise levels alike: a curve's own scale
     taken: int = 0  # which of the candidates was measured last and so is meant
 
@@ -69,6 +70,7 @@ class Fidelity:
         """The numbers alone, as plain values."""
         return {
             "picture_error": self.picture_error,
+            "picture_errors": list(self.picture_errors),
             "picture_reference": self.reference,
             "error": self.error,
             "unweighted_error": self.unweighted_error,
@@ -172,11 +174,13 @@ class Court:
         if not self.request.images:
             return fidelity
         yield from self._draw("embedding", self.target.with_embedding(embedding))
+        finals = [self.finals[name] for name in ("embedding", "prompt", self.reference)]
         order = ("prompt", "embedding", self.reference)
         pictures = {name: self.session.decode(self.finals[name]) for name in order}
         return replace(
             fidelity,
-            picture_error=picture_error(*(self.finals[name] for name in ("embedding", "prompt", self.reference))),
+            picture_error=picture_error(*finals),
+            picture_errors=tuple(picture_errors(*finals).tolist()),
             pixel_difference=_difference(pictures, "embedding"),
             unweighted_pixel_difference=_difference(pictures, "unweighted"),
             pictures=pictures,
@@ -236,14 +240,17 @@ class Court:
             yield f"Pictures ({name})", progress, len(guidance)
 
 
-def picture_error(given: Tensor, wanted: Tensor, reference: Tensor) -> float:
-    """|x0 - x0*|^2 / |x0(reference) - x0*|^2 of finished latents `[B, c, h, w]`; its geometric mean over B seeds.
-
-    Geometric, because now and then a picture flips into another, which an ordinary mean is ruled by.
-    """
+def picture_errors(given: Tensor, wanted: Tensor, reference: Tensor) -> Tensor:
+    """|x0 - x0*|^2 / |x0(reference) - x0*|^2 of finished latents `[B, c, h, w]`, seed by seed, `[B]`."""
     off, far = ((x - wanted).float().square().flatten(1).sum(1) for x in (given, reference))
-    least = 1e-9 * wanted.float().square().flatten(1).sum(1)
-    return float((off.clamp_min(0) + least).log().mean().sub((far + least).log().mean()).exp())
+    least = 1e-9 * wanted.float().square().flatten(1).sum(1)  # two equal pictures are as good as any
+    return (off + least) / (far + least)
+
+
+def picture_error(given: Tensor, wanted: Tensor, reference: Tensor) -> float:
+    """The geometric mean of `picture_errors`: now and then a picture flips into another, which an ordinary mean is
+    ruled by. So it does not show that one did: that is what the figures picture by picture are for."""
+    return float(picture_errors(given, wanted, reference).log().mean().exp())
 
 
 def _difference(pictures: dict[str, Tensor], name: str) -> float | None:
@@ -261,13 +268,16 @@ def result_sentence(fidelity: Fidelity, name: str) -> str:
     lines = [*_pictures_in_words(fidelity, name), *_steps_in_words(fidelity)]
     for fitted, where in ((True, "In the sentences it was made for"), (False, "In other sentences")):
         shares = fidelity.sentence_error(fitted)
-        if shares:
+        if shares and shares["median"] > 1:
+            lines.append(f"{where} it does worse than leaving the weights out: keep it to what it was made for.")
+        elif shares:
             lines.append(
                 f"{where} {100 * shares['median']:.0f}% of what the weights change is left (median; worst "
                 f"{100 * shares['worst']:.0f}%; above 100% is worse than leaving the weights out)."
             )
+    others = fidelity.sentence_error(False)
     weak = [s.sentence for s in fidelity.sentences if s.share is not None and s.share > LITTLE]
-    if weak and fidelity.sentence_error(False):
+    if weak and others and others["median"] <= 1:
         lines.append(f"It carries little in sentences such as {weak[0]!r}.")
     return "\n".join(lines)
 
@@ -275,11 +285,15 @@ def result_sentence(fidelity: Fidelity, name: str) -> str:
 def _pictures_in_words(fidelity: Fidelity, name: str) -> Iterator[str]:
     if fidelity.picture_error is None:
         return
-    left = f"{100 * fidelity.picture_error:.{1 if fidelity.picture_error < 0.1 else 0}f}%"
-    if fidelity.reference == "unweighted":
-        yield f"{name}: of what the weights change in the finished pictures, {left} is left (picture error)."
-    else:
-        yield f"{name}: of what the prompt changes in the finished pictures, {left} is left (picture error)."
+    what = "the weights change" if fidelity.reference == "unweighted" else "the prompt changes"
+    text = f"{name}: of what {what} in the finished pictures, {_percent(fidelity.picture_error)} is left (picture error"
+    if len(fidelity.picture_errors) > 1:
+        text += f"; picture by picture {', '.join(map(_percent, fidelity.picture_errors))}"
+    yield text + ")."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.{1 if share < 0.1 else 0}f}%"
 
 
 def _steps_in_words(fidelity: Fidelity) -> Iterator[str]:
