@@ -144,7 +144,7 @@ class EstimateRequest:
     loss: str = _field("MSE", "how the distance to the target is measured while learning", choices=tuple(LOSSES))
     batch: int = _field(4, "noisy latents per learning step of part unet; LBFGS: 12 or more", low=1, high=256)
     queries: int = _field(6, "positions per latent that the cross-attention part looks at", low=1, high=4096)
-    memory: float = _field(1.0, "GB that these may take", low=0.01, high=64.0)
+    memory: float = _field(1.0, "GB that these and the sketch of part auto may take", low=0.01, high=64.0)
     clip_gradient: float = _field(0.0, "largest norm of the gradient; 0: no limit", low=0.0, high=1e6)
     ema: float = _field(
         0.0, "share of the old in a moving average of the vectors, such as 0.95; 0: off", low=0.0, high=0.9999

@@ -45,7 +45,7 @@ JAPANESE = {
     "loss": "学習中に目標との距離を測る方法",
     "batch": "part unet の学習 1 ステップあたりのノイズ付き latent の数。LBFGS は 12 以上",
     "queries": "cross-attention が latent ごとに見る位置の数",
-    "memory": "そのために使ってよいメモリー (GB)",
+    "memory": "それと auto のスケッチに使ってよいメモリー (GB)",
     "clip_gradient": "勾配ノルムの上限。0: 制限なし",
     "ema": "ベクトルの移動平均で古い値が占める割合 (例 0.95)。0: 使わない",
     "patience": "誤差が小さくならない測定がこの回数続いたら学習を止める。0: 止めない",

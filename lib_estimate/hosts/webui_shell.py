@@ -39,7 +39,9 @@ def add_settings() -> None:
         "part": OptionInfo(EstimateRequest.part.value, "Training part chosen at the start", gr.Radio, parts),
         "subfolder": OptionInfo(EstimateRequest.subfolder, "Folder inside the embeddings folder for new embeddings"),
         "card": OptionInfo(True, "Make a card (preview picture and description) for a new embedding"),
-        "memory": OptionInfo(EstimateRequest.memory, "GB that the cross-attention part may take", gr.Slider, memory),
+        "memory": OptionInfo(
+            EstimateRequest.memory, "GB that recorded queries and the sketch of the U-Net may take", gr.Slider, memory
+        ),
     }.items():
         option.section = SECTION
         shared.opts.add_option(f"embedding_estimate_{key}", option)

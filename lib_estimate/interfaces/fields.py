@@ -30,7 +30,7 @@ LABELS = {
     "schedule": "Scheduler",
     "batch": "Noisy latents per step",
     "queries": "Positions per latent",
-    "memory": "GB for these",
+    "memory": "GB for these and the sketch",
     "clip_gradient": "Largest norm of the gradient",
     "ema": "EMA",
     "cfg_scale": "CFG scale",
