@@ -73,7 +73,7 @@ SKETCH_IN_SENTENCES = Stage(Goal.SKETCH, "Adam", "", "cosine", 300, share=0.05)
 POLISH = {
     Effort.QUICK: None,
     Effort.NORMAL: Stage(Goal.NOISE_AND_SKETCH, LBFGS, "1", "constant", 2, latents=8),
-    Effort.BEST: Stage(Goal.NOISE_AND_SKETCH, LBFGS, "1", "constant", 11, latents=20),
+    Effort.BEST: Stage(Goal.NOISE_AND_SKETCH, LBFGS, "1", "constant", 10, latents=20),
 }
 # Prompts composed with AND: their parts have an attention each, so that only the U-Net itself can be matched.
 COMPOSED = {

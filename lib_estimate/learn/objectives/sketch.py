@@ -70,11 +70,18 @@ def sketched(
         pieces.append(_cells(seen, x.shape[-2:], budget / len(given), generator))
         pooled += [] if seen.pooled is None else [seen.pooled]
         yield index + 1
-    layers = [
-        Layer(torch.cat([p.hidden for p in each]), torch.cat([p.gradient for p in each]), each[0].side)
-        for each in zip(*pieces, strict=True)
-    ]
-    yield Sketched(layers, torch.cat(pooled) if pooled else None, list(given))
+    yield Sketched(_joined(pieces), torch.cat(pooled) if pooled else None, list(given))
+
+
+def _joined(pieces: list[list[Layer]]) -> list[Layer]:
+    """The latents of each layer together. Takes the pieces apart, so that no more than a layer is there twice."""
+    columns = [list(column) for column in zip(*pieces, strict=True)]
+    pieces.clear()
+    layers = []
+    while columns:
+        each = columns.pop(0)
+        layers.append(Layer(torch.cat([p.hidden for p in each]), torch.cat([p.gradient for p in each]), each[0].side))
+    return layers
 
 
 def _sensitivity(session: Session, *given: Any) -> Sensitivity:
