@@ -3,6 +3,8 @@ costs. On PyTorch's meta device they take no memory, and say what one would."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
@@ -12,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lib_estimate.hosts import checkpoint
 from lib_estimate.hosts.layouts import LAYOUTS
 from lib_estimate.hosts.standalone import StandaloneHost
-from lib_estimate.request import ModelOptions
+from lib_estimate.request import Emphasis, ModelOptions
 
 WIDTHS, POSITIONS, VOCABULARY = (768, 1280), 77, 49408
 CHANNELS = (128, 256, 512, 512)  # of the VAE
@@ -20,21 +22,23 @@ SIDE = {"sd1": 64, "sdxl": 128}  # of the latents
 
 
 def random_host(device: str, dtype: str, family: str = "sd1") -> StandaloneHost:
-    """A host that holds such a model, made in memory: 4 GB in float32 for Stable Diffusion 1."""
+    """A host that holds such a model, made in memory: in float32 4 GB for Stable Diffusion 1, 14 GB for XL."""
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
     def components(_, wanted: torch.dtype) -> checkpoint.Components:
         return _components(torch.device(place), wanted, family)
 
+    # Emphasis as in "Original" divides by the hidden states' mean, which is zero where the weights are random.
+    options = ModelOptions(model="random", device=device, dtype=dtype, emphasis=Emphasis.NO_NORM)
     with mock.patch.object(checkpoint, "load", components):
-        return StandaloneHost(ModelOptions(model="random", device=device, dtype=dtype))
+        return StandaloneHost(options)
 
 
 def _components(device: torch.device, dtype: torch.dtype, family: str) -> checkpoint.Components:
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint.BUNDLED_VOCABULARY, local_files_only=True)
     layout = LAYOUTS[family]
-    with device:
+    with device, _made_in(dtype):
         unet = _unet(family)
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
@@ -42,9 +46,9 @@ def _components(device: torch.device, dtype: torch.dtype, family: str) -> checkp
             block_out_channels=CHANNELS,
             layers_per_block=2,
         )
-        first = CLIPTextModel(_text_config(WIDTHS[0], layers=12, act="quick_gelu")).to(dtype)
+        first = CLIPTextModel(_text_config(WIDTHS[0], layers=12, act="quick_gelu"))
         if family == "sdxl":
-            second = CLIPTextModelWithProjection(_text_config(WIDTHS[1], layers=32, act="gelu")).to(dtype)
+            second = CLIPTextModelWithProjection(_text_config(WIDTHS[1], layers=32, act="gelu"))
             encoders = checkpoint._of_sdxl(first, second, tokenizer, pad=0)
         else:
             encoders = (checkpoint._of_sd1(first, tokenizer),)
@@ -53,14 +57,25 @@ def _components(device: torch.device, dtype: torch.dtype, family: str) -> checkp
         hash=None,
         tokenizer=tokenizer,
         text_encoders=encoders,
-        unet=unet.to(dtype),
-        vae=vae.to(dtype),
+        unet=unet,
+        vae=vae,
         alphas_cumprod=checkpoint._alphas_cumprod(
             "scaled_linear", layout["linear_start"], layout["linear_end"], layout["timesteps"]
         ),
         prediction="epsilon",
         default_size=8 * SIDE[family],
     )
+
+
+@contextmanager
+def _made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Weights begin in this format: made in float32 and then turned, they would need the memory of both."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _unet(family: str) -> UNet2DConditionModel:

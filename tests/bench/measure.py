@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -65,12 +65,12 @@ def peak_memory_mb(device: torch.device) -> float | None:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-# ---- U-Net samples ------------------------------------------------------------------------------------------------
+# ---- forward-equivalents ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Count:
-    """Samples that went through the U-Net. One backward counts as two forwards."""
+    """Latents that went through the U-Net, seen from outside. One backward counts as two forwards."""
 
     forwards: int = 0
     backwards: int = 0
@@ -122,9 +122,8 @@ def trajectories(session: StandaloneSession, request: EstimateRequest, target: T
 
 @dataclass(frozen=True)
 class Point:
-    """Vectors a run had, when, and after how many U-Net samples."""
+    """Vectors a run had, and after how many forward-equivalents."""
 
-    seconds: float
     forwards: int
     vectors: Vectors
 
@@ -134,24 +133,24 @@ class Course:
 
     APART = 1.1
 
-    def __init__(self, clock: Clock, count: Count) -> None:
-        self.clock, self.count = clock, count
+    def __init__(self, count: Count) -> None:
+        self.count = count
         self.points: list[Point] = []
 
     def note(self, vectors: Vectors) -> None:
         kept = {key: rows.detach().clone() for key, rows in vectors.items()}
-        self.points.append(Point(self.clock(), self.count.equivalents, kept))
+        self.points.append(Point(self.count.equivalents, kept))
 
-    def thinned(self) -> list[Point]:
-        """The first, the last, and of those in between the last in every stretch that grows the time by APART.
+    def thinned(self, marks: Sequence[int]) -> list[Point]:
+        """What a run had at each of the marks, at each of a row of others that grow by APART, and at its end.
 
-        So an error counts as reached up to a tenth late, never early.
+        So an error counts as reached up to a tenth late, never early. Of several points at one time the last counts.
         """
-        kept = self.points[:1]
-        for point, following in pairwise(self.points[1:]):
-            if following.seconds >= self.APART * kept[-1].seconds:
-                kept.append(point)
-        return kept + self.points[1:][-1:]
+        times, grid = [point.forwards for point in self.points], [1.0]
+        while grid[-1] < times[-1]:
+            grid.append(self.APART * grid[-1])
+        chosen = {max(0, bisect_right(times, at) - 1) for at in (*grid, *marks, times[-1])}
+        return [self.points[index] for index in sorted(chosen)]
 
     def fit(self) -> type[Fit]:
         """The learning loop, which here also notes its best vectors whenever there are better ones."""
@@ -175,7 +174,7 @@ class Course:
 
 # ---- where the time of a step goes --------------------------------------------------------------------------------
 
-LOOP, CHECKS, OPTIMIZER, REST, ASIDE = "loop", "checks", "optimizer", "rest of the loss", "aside"
+LOOP, DRAWING, OPTIMIZER, REST, ASIDE = "loop", "drawing", "optimizer", "rest of the loss", "aside"
 TEXT_FORWARD, TEXT_BACKWARD = "text encoder forward", "text encoder backward"
 
 
@@ -206,20 +205,10 @@ class Split:
         self.enter(before)
 
     def fit(self) -> type[Fit]:
-        """The learning loop, which here tells its validation and its optimizer's steps from the rest."""
+        """The learning loop, which here tells its optimizer's steps from the rest."""
         split = self
 
         class Timed(Fit):
-            def __post_init__(self) -> None:
-                validate = self.validate
-
-                def timed(vectors: Vectors) -> float:
-                    with split.during(CHECKS):
-                        return validate(vectors)
-
-                self.validate = timed
-                super().__post_init__()
-
             def _optimizer_step(self, *arguments: Any) -> float:
                 with split.during(OPTIMIZER):
                     return super()._optimizer_step(*arguments)
@@ -273,7 +262,8 @@ class Timed(Objective):
         self.known: set[int] = set()
 
     def draw(self, generator: torch.Generator, fixed: bool) -> Any:
-        return self.objective.draw(generator, fixed)
+        with self.split.during(DRAWING):
+            return self.objective.draw(generator, fixed)
 
     def losses(self, vectors: Vectors, drawn: Any) -> Iterator[Tensor]:
         for rows in vectors.values():
