@@ -23,7 +23,7 @@ ORDER = (
     "learn.learning", "learn.count",
     "job",
     "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab",
-    "interfaces.cli",
+    "interfaces.show", "interfaces.cli",
     "__main__",
 )  # fmt: skip
 FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")

@@ -1,0 +1,108 @@
+"""What the commands `parse` and `inspect` show: how prompts are read, and what an embedding file holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from lib_estimate.errors import EstimateError, PromptSyntaxError
+
+
+def parse(args: argparse.Namespace) -> int:
+    if args.steps < 1:
+        raise EstimateError(f"--steps is {args.steps}: it must be at least 1.")
+    vocabulary, decode = _vocabulary()
+    rows = [_parsed(prompt, args.steps, vocabulary) for prompt in args.prompts]
+    if args.json:
+        sys.stdout.write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write("\n".join(_parse_table(row, decode) for row in rows))
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def _vocabulary() -> Any:
+    from transformers import CLIPTokenizer
+
+    from lib_estimate.hosts.checkpoint import BUNDLED_VOCABULARY
+    from lib_estimate.prompt.chunks import Vocabulary
+
+    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED_VOCABULARY, local_files_only=True)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
+
+    ids = Vocabulary(
+        encode=encode,
+        start=tokenizer.bos_token_id,
+        end=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+        comma=encode(",")[0],
+        chunk_length=tokenizer.model_max_length - 2,
+    )
+    return ids, lambda token: tokenizer.decode([token]).strip()
+
+
+def _parsed(prompt: str, steps: int, vocabulary: Any) -> dict[str, Any]:
+    """How one prompt is read; chunks without their padding."""
+    from lib_estimate.prompt import attention, chunks, schedule
+
+    try:
+        found, count = chunks.chunks(prompt, vocabulary)
+        return {
+            "prompt": prompt,
+            "attention": [list(pair) for pair in attention.parse_attention(prompt)],
+            f"schedule_{steps}": [list(pair) for pair in schedule.prompt_schedule(prompt, steps)],
+            "and": [list(pair) for pair in schedule.split_and(prompt)],
+            "token_count": count,
+            "chunks": [_without_padding(chunk, vocabulary) for chunk in found],
+        }
+    except PromptSyntaxError as error:
+        return {"prompt": prompt, "error": str(error)}
+
+
+def _without_padding(chunk: Any, vocabulary: Any) -> dict[str, list]:
+    length = len(chunk.tokens)
+    while (
+        length > 1 and chunk.tokens[length - 1] in (vocabulary.end, vocabulary.pad) and chunk.weights[length - 1] == 1
+    ):
+        length -= 1
+    return {"tokens": list(chunk.tokens[:length]), "weights": [round(w, 9) for w in chunk.weights[:length]]}
+
+
+def _parse_table(row: dict[str, Any], decode: Any) -> str:
+    lines = [f"prompt: {row['prompt']}"]
+    if "error" in row:
+        return "\n".join([*lines, f"  error: {row['error']}", ""])
+    schedule = next(value for key, value in row.items() if key.startswith("schedule_"))
+    lines.append(f"  {row['token_count']} tokens in {len(row['chunks'])} chunk(s)")
+    if len(row["and"]) > 1:
+        lines += [f"  AND part, weight {weight:g}: {text.strip()}" for text, weight in row["and"]]
+    if len(schedule) > 1:
+        lines += [f"  until step {step}: {text}" for step, text in schedule]
+    for number, chunk in enumerate(row["chunks"], 1):
+        lines.append(f"  chunk {number}:")
+        pairs = list(zip(chunk["tokens"], chunk["weights"], strict=True))[1:]
+        lines += [f"    {decode(token):<20} {weight:g}" for token, weight in pairs]
+    return "\n".join([*lines, ""])
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from lib_estimate.files import reading
+
+    embedding = reading.load(args.file)
+    vectors = {
+        key: {"vectors": rows.shape[0], "width": rows.shape[1], "length": rows.norm(dim=1).mean().item()}
+        for key, rows in embedding.vectors.items()
+    }
+    if args.json:
+        record = {"name": embedding.name, "vectors": vectors, "metadata": embedding.metadata}
+        sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        return 0
+    lines = [f"{embedding.name}"]
+    for key, v in vectors.items():
+        lines.append(f"  {key}: {v['vectors']} vectors of width {v['width']}, mean length {v['length']:.3f}")
+    lines += [f"  {key}: {value}" for key, value in embedding.metadata.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
