@@ -144,7 +144,7 @@ class Sketch(Objective):
     def _under_target(self) -> list[Tensor]:
         """The sums of each latent under its own conditioning."""
         given = self.recorded.given
-        known = {id(each): self._sums(each) for each in given}
+        known = {key: self._sums(each) for key, each in {id(each): each for each in given}.items()}
         rows = [[piece[index] for piece in known[id(each)]] for index, each in enumerate(given)]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
@@ -173,7 +173,7 @@ class SketchInSentences(Objective):
     """
 
     FLOOR, ALONE, FRESH, FIXED, POSITIONS = 0.003, 6.0, 3, 24, 128
-    LEVEL_FLOOR = 0.02  # of the latents' mean
+    LEVEL_FLOOR, LEVEL_POINTS = 0.02, 64  # of the latents' mean; positions of each that tell its level
 
     def __init__(self, session: Session, target: Target, recorded: Sketched, text: str, avoid: Sequence[str]) -> None:
         self.session, self.target, self.text, self.avoid = session, target, text, set(avoid)
@@ -196,7 +196,7 @@ class SketchInSentences(Objective):
         point = torch.randint(self.points, (positions,), generator=generator)
         rows = [self._rows(layer, point, self.levels) for layer in self.recorded.layers]
         y = self._sums(rows, wanted)
-        off, far = (self._far(rows, c, y) for c in (plain, self.target.empty.expand(len(chosen))))
+        off, far = (self._far(rows, given, y) for given in (plain, self.target.empty))  # one empty prompt for all
         weights = torch.ones(len(chosen), device=y[0].device)
         weights[0] = self.ALONE
         return [frames, weights / weights.sum(), rows, y, 1 / (off + self.FLOOR * far).clamp_min(TINY)]
@@ -213,7 +213,9 @@ class SketchInSentences(Objective):
     def _levels(self, count: int) -> Tensor:
         """What each latent's gradients are multiplied with, `[M]`: one over the root of what the weights change."""
         _, wanted, plain = in_sentences(self.session, self.text, [HOLE])
-        every, same = torch.arange(self.points), torch.ones(count)
+        own = self.points // count
+        some = torch.linspace(0, own - 1, min(own, self.LEVEL_POINTS)).round().long()
+        every, same = (torch.arange(count)[:, None] * own + some).flatten(), torch.ones(count)
         total = torch.zeros(count)
         for call, layer in zip(self.calls, self.recorded.layers, strict=True):
             hidden, gradient = self._rows(layer, every, same)
