@@ -62,11 +62,6 @@ class Conditioning:
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)
         return Conditioning(self.hidden.expand(count, -1, -1), pooled)
 
-    def repeat_each(self, count: int) -> Conditioning:
-        """Every row `count` times, after each other."""
-        pooled = None if self.pooled is None else self.pooled.repeat_interleave(count, 0)
-        return Conditioning(self.hidden.repeat_interleave(count, 0), pooled)
-
     def followed_by(self, other: Conditioning) -> Conditioning:
         """The rows of both."""
         pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])

@@ -203,18 +203,18 @@ class Court:
         """The figures of the embedding alone, but for pictures."""
         bank = self.bank
         eps = noise_under(self.session, bank.x, bank.timestep, embedding)
-        unweighted = None if bank.plain is None else share_of_empty(bank.plain, bank, weighted=True)
-        pooled = (
-            None if bank.plain is None else recovered_share(share_of_empty(eps, bank), share_of_empty(bank.plain, bank))
+        unweighted, plain = (
+            None if bank.plain is None else share_of_empty(bank.plain, bank, weighted=weighted)
+            for weighted in (True, False)
         )
         return Fidelity(
             picture_error=None,
             reference=self.reference,
             error=share_of_empty(eps, bank, weighted=True),
             unweighted_error=unweighted,
-            recovered=pooled,
+            recovered=recovered_share(share_of_empty(eps, bank), plain),
             sentences=(),
-            unweighted_noise=None if bank.plain is None else share_of_empty(bank.plain, bank),
+            unweighted_noise=plain,
             pixel_difference=None,
             unweighted_pixel_difference=None,
             pictures={},
