@@ -14,7 +14,8 @@ ORDER = (
     "prompt", "prompt.attention", "prompt.schedule", "prompt.chunks",
     "files", "files.embedding", "files.names", "files.reading", "files.writing",
     "hosts", "hosts.base", "hosts.denoising", "hosts.layouts", "hosts.text_encoder", "hosts.checkpoint",
-    "hosts.standalone", "hosts.webui_model", "hosts.webui", "hosts.webui_shell",
+    "hosts.standalone", "hosts.lending", "hosts.webui_text", "hosts.webui", "hosts.forge", "hosts.family",
+    "hosts.webui_session", "hosts.webui_shell",
     "target", "target.target", "target.bank", "target.error", "target.queries", "target.sentences", "target.recording",
     "report", "report.fidelity", "report.plots",
     "learn", "learn.initial", "learn.registry", "learn.plan", "learn.objectives", "learn.objectives.base",
@@ -29,8 +30,16 @@ ORDER = (
 FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")
 WITHOUT_TORCH = ("errors", "choices", "request", "progress", "prompt.attention", "prompt.schedule", "prompt.chunks")
 ONLY_IN = {
-    "modules": ("hosts.webui_model", "hosts.webui", "hosts.webui_shell"),
-    "backend": (),
+    "modules": (
+        "hosts.webui_text",
+        "hosts.webui",
+        "hosts.forge",
+        "hosts.family",
+        "hosts.webui_session",
+        "hosts.webui_shell",
+    ),
+    "backend": ("hosts.forge",),
+    "ldm_patched": ("hosts.webui",),
     "diffusers": ("hosts.checkpoint", "hosts.standalone"),
     "gradio": ("hosts.webui_shell", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab"),
     "matplotlib": ("report.plots",),

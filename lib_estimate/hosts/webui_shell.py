@@ -1,9 +1,9 @@
-"""What the tab needs of AUTOMATIC1111's webui besides its model: folders, settings, progress, cards, restoring a run.
+"""What the tab needs of a webui besides its model: folders, settings, progress, cards, restoring a run.
 
-Leans on, as read in 1.10.1 (82a973c0): `call_queue.wrap_gradio_gpu_call`, `progress.restore_progress`, `shared.state`
-(`textinfo`, `job_count`, `sampling_step`, `assign_current_image`, `interrupted`), `ui.update_token_counter`,
-`embedding_db.load_textual_inversion_embeddings`, the caches `cached_c`, `cached_uc`, `cached_hr_c`, `cached_hr_uc` of
-the processing classes, `OptionInfo`.
+Leans on, alike in AUTOMATIC1111 1.10.1 and the Forge family: `call_queue.wrap_gradio_gpu_call`,
+`progress.restore_progress`, `shared.state` (`textinfo`, `job_count`, `sampling_step`, `assign_current_image`,
+`interrupted`), `ui.update_token_counter`, the caches `cached_c`, `cached_uc`, `cached_hr_c`, `cached_hr_uc` of the
+processing classes, `OptionInfo`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from modules import call_queue, processing, progress, sd_hijack, shared
+from modules import call_queue, processing, progress, shared
 from modules.options import OptionInfo
 
-from lib_estimate.hosts.webui import WebuiHost
-from lib_estimate.hosts.webui_model import usable_model
+from lib_estimate.errors import EstimateError
+from lib_estimate.hosts.family import family
+from lib_estimate.hosts.webui_session import WebuiHost
 from lib_estimate.request import EstimateRequest, Part
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class WebuiShell:
     live = False
 
     def host(self) -> WebuiHost:
-        usable_model()
+        family().loaded()
         return WebuiHost(locked=True)
 
     def embeddings_folder(self) -> str:
@@ -86,7 +87,7 @@ class WebuiShell:
         return shared.state.interrupted or shared.state.stopping_generation
 
     def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None:
-        sd_hijack.model_hijack.embedding_db.load_textual_inversion_embeddings(force_reload=True)
+        family().refresh_embeddings()
         forget_conditionings()
         if _setting("card"):
             save_card(path, picture, description, overwrite=request.overwrite)
@@ -94,6 +95,8 @@ class WebuiShell:
     def count_tokens(self, text: str, steps: int, negative: bool) -> str:
         from modules import ui  # not at the top: it is still being loaded when extensions are
 
+        if not family().counts_tokens():
+            raise EstimateError("There is no model to count with yet.")
         return re.sub("<[^>]+>", "", ui.update_token_counter(text, steps, [], is_positive=not negative))
 
     def send_buttons(self) -> Sequence[str]:

@@ -26,6 +26,7 @@ def _checks():
         spec = importlib.util.spec_from_file_location("embedding_estimate_checks", CHECKS)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
+        sys.path.append(str(Path(CHECKS).parents[2]))  # for what the checks import of the tests
         spec.loader.exec_module(module)
     return sys.modules["embedding_estimate_checks"]
 

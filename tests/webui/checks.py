@@ -23,8 +23,8 @@ from lib_estimate import job
 from lib_estimate.errors import EstimateError
 from lib_estimate.files import reading, writing
 from lib_estimate.files.embedding import Embedding
-from lib_estimate.hosts import webui
-from lib_estimate.hosts.webui import WebuiHost
+from lib_estimate.hosts.family import family
+from lib_estimate.hosts.webui_session import WebuiHost, WebuiSession
 from lib_estimate.hosts.webui_shell import WebuiShell
 from lib_estimate.learn.objectives.cross_attention import CrossAttention
 from lib_estimate.learn.objectives.denoising import Denoising
@@ -32,6 +32,8 @@ from lib_estimate.learn.objectives.hidden_state import HiddenState
 from lib_estimate.progress import Cancel, Interrupted, Note, StepReport
 from lib_estimate.request import EstimateRequest, Part, Use
 from lib_estimate.target.target import build_target
+from tests.webui import webuis
+from tests.webui.webuis import changed
 
 PROMPTS = (
     "a red circle",
@@ -78,16 +80,6 @@ def picture(prompt: str, negative: str = "") -> torch.Tensor:
             return torch.from_numpy(np.asarray(processing.process_images(p).images[0]).copy())
         finally:
             shared.state.end()
-
-
-@contextmanager
-def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def raised(kind: type[Exception], use: Callable[[], Any]) -> str:
@@ -137,7 +129,7 @@ def check_targets_are_what_the_sampler_gets() -> dict[str, float]:
                 for conditioning, index, whole in [*pairs, (ours.negative, 0, negative)]:
                     mine = [conditioning.hidden[0]]
                     if conditioning.pooled is not None:
-                        mine.append(session._given(x, conditioning)["vector"][0])
+                        mine.append(session._vector(x, conditioning)[0])
                     host = [each[index] for each in told(whole)]
                     for a, b in zip(mine, host, strict=True):
                         length = min(len(a), len(b))  # the webui fills up shorter prompts later
@@ -159,30 +151,20 @@ def check_texts_of_their_own_are_normalised_on_their_own() -> dict[str, float]:
 
 
 def check_the_unet_is_the_samplers() -> dict[str, float]:
-    """The eps of the session is what the webui's own denoiser wrapper gives."""
-    from modules import processing, prompt_parser, shared
+    """The eps of the session is what the webui's own denoiser gives."""
+    from modules import prompt_parser, shared
 
-    model, text = shared.sd_model, "a (red:1.4) circle"
+    text, this = "a (red:1.4) circle", webuis.this()
     with WebuiHost(locked=False).session() as session, torch.no_grad():
         info = session.info
         x = torch.randn(2, info.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0)).to(info.device)
         t = torch.tensor([100, 700], device=info.device)
         ours = session.predict_noise(x, t, session.encode([text]))
         size = {"width": 16 * info.latent_scale, "height": 16 * info.latent_scale}
-        given = model.get_learned_conditioning(prompt_parser.SdConditioning([text] * 2, **size))
-        named = given if isinstance(given, dict) else {"c_crossattn": [given]}
-        if getattr(model, "cond_stage_key", None) == "edit":
-            extra = torch.zeros_like(x)  # no picture to edit: the webui's txt2img has nothing of this shape
-        else:
-            with torch.random.fork_rng():
-                torch.manual_seed(0)  # of an inpainting checkpoint it is drawn
-                extra = processing.txt2img_image_conditioning(model, x[:1], size["width"], size["height"])
-            extra = extra.expand(2, *extra.shape[1:])
-        raw = model.apply_model(x, t, {**named, "c_concat": [extra]})
-        if model.parameterization == "v":
-            raw = model.predict_eps_from_z_and_v(x, t, raw)
-    difference = (ours - raw.float()).abs().max().item()
-    assert difference < 1e-5, difference
+        given = shared.sd_model.get_learned_conditioning(prompt_parser.SdConditioning([text] * 2, **size))
+        theirs = this.own_eps(session, x, t, given)
+    difference = (ours - theirs.float()).abs().max().item()
+    assert difference < 1e-4, difference
     return {"largest_difference": difference}
 
 
@@ -191,25 +173,23 @@ def check_the_unet_is_the_samplers() -> dict[str, float]:
 
 def check_every_part_learns() -> dict[str, float]:
     """Each part lowers its own loss on the webui's networks, and no weight gets a gradient."""
-    from modules import shared
-
     figures = {}
     for part in (Part.TRANSFORMER, Part.CROSS_ATTENTION, Part.UNET):
         losses = outcome(request(part=part, steps=3, init="a blue square", optimizer="LBFGS")).losses
         assert losses[-1] < 0.9 * losses[0], (part, losses)
         figures[part.value] = losses[-1] / losses[0]
-    assert all(p.grad is None for p in shared.sd_model.parameters())
+    assert all(p.grad is None for network in webuis.this().networks() for p in network.parameters())
     return figures
 
 
 def check_a_cut_gradient_path_is_seen() -> dict[str, Any]:
     """The check above can fail: with the vectors detached on their way in, nothing is learnt."""
-    encode = webui.WebuiSession.encode
+    encode = WebuiSession.encode
 
     def cut(self: Any, texts: Any, vectors: Any = None, **given: Any) -> Any:
         return encode(self, texts, vectors and {k: v.detach() for k, v in vectors.items()}, **given)
 
-    with changed(webui.WebuiSession, "encode", cut):
+    with changed(WebuiSession, "encode", cut):
         said = raised(RuntimeError, lambda: outcome(request(steps=8, init="a blue square", optimizer="LBFGS")))
     assert "grad" in said, said
     return {}
@@ -231,19 +211,12 @@ def check_estimate() -> dict[str, Any]:
 
 def check_every_attention_optimization_learns() -> dict[str, float]:
     """Whichever of the webui's attention optimizations is on."""
-    from modules import sd_hijack
-
     figures = {}
-    try:
-        for option in sd_hijack.optimizers:
-            sd_hijack.model_hijack.apply_optimizations(option.title())
-            for part in (Part.CROSS_ATTENTION, Part.UNET):
-                losses = outcome(request(part=part, steps=2, init="a blue square", optimizer="LBFGS")).losses
-                assert losses[-1] < losses[0], (option.name, part, losses)
-                figures[f"{option.name} {part.value}"] = losses[-1] / losses[0]
-    finally:
-        sd_hijack.model_hijack.apply_optimizations()
-    assert len(figures) >= 4, figures
+    for name in webuis.this().attention_optimizations():
+        for part in (Part.CROSS_ATTENTION, Part.UNET):
+            losses = outcome(request(part=part, steps=2, init="a blue square", optimizer="LBFGS")).losses
+            assert losses[-1] < losses[0], (name, part, losses)
+            figures[f"{name} {part.value}"] = losses[-1] / losses[0]
     return figures
 
 
@@ -252,7 +225,7 @@ def check_every_attention_optimization_learns() -> dict[str, float]:
 
 def check_a_saved_name_works_at_once() -> dict[str, float]:
     """Saved into the embeddings folder the name changes the picture, and changes it again when it is overwritten."""
-    from modules import sd_hijack, shared
+    from modules import shared
 
     shell, name, pictures = WebuiShell(), "checkname", []
     made = request(name=name, out=shell.embeddings_folder(), overwrite=True, steps=2)
@@ -262,7 +235,7 @@ def check_a_saved_name_works_at_once() -> dict[str, float]:
         for text in ("a red circle on a white background", "a blue square on a black background"):
             done = outcome(replace(made, prompt=text))
             shell.saved(replace(made, prompt=text), done.path, None, "a description")
-            assert name in sd_hijack.model_hijack.embedding_db.word_embeddings
+            assert all(name in database.word_embeddings for database in webuis.this().databases())
             pictures.append(picture(name))
         apart = [(a.float() - b.float()).abs().mean().item() for a, b in pairwise(pictures)]
         assert min(apart) > 2, apart
@@ -270,7 +243,7 @@ def check_a_saved_name_works_at_once() -> dict[str, float]:
     finally:
         for file in folder.glob(f"{name}.*"):
             file.unlink()
-        sd_hijack.model_hijack.embedding_db.load_textual_inversion_embeddings(force_reload=True)
+        family().refresh_embeddings()
     assert shared.state.job == ""
     return {"first": apart[0], "overwritten": apart[1]}
 
@@ -308,24 +281,26 @@ def check_a_card_is_replaced_only_where_asked() -> dict[str, Any]:
 
 def fingerprint() -> dict[str, Any]:
     """All of the host's that a run could leave changed."""
-    from modules import sd_hijack, shared
+    from modules import shared
 
-    model, digest = shared.sd_model, hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    database = sd_hijack.model_hijack.embedding_db
+    this, digest = webuis.this(), hashlib.sha256()
+    networks, databases = this.networks(), this.databases()
+    modules = [module for network in networks for module in network.modules()]
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    for network in networks:
+        for name, tensor in sorted(network.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return {
         "weights": digest.hexdigest(),
-        "frozen": [p.requires_grad for p in model.parameters()],
-        "training": [m.training for m in model.modules()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        "gradients": [p.grad is None for p in model.parameters()],
+        "places": [(id(parameter), parameter.data_ptr()) for parameter in parameters],
+        "frozen": [p.requires_grad for p in parameters],
+        "training": [m.training for m in modules],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules],
+        "gradients": [p.is_leaf and not p.is_inference() and p.grad is not None for p in parameters],
         "options": dict(shared.opts.data),
-        "embeddings": sorted(database.word_embeddings),
-        "lookup": {key: [ids for ids, _ in rows] for key, rows in database.ids_lookup.items()},
-        "fixes": sd_hijack.model_hijack.fixes,
-        "comments": list(sd_hijack.model_hijack.comments),
-        "infotext": dict(sd_hijack.model_hijack.extra_generation_params),
+        "embeddings": [sorted(database.word_embeddings) for database in databases],
+        "lookup": [{key: [ids for ids, _ in rows] for key, rows in d.ids_lookup.items()} for d in databases],
+        **this.left_behind(),
     }
 
 
@@ -413,15 +388,10 @@ def check_the_host_is_as_before_after_errors() -> dict[str, Any]:
 
 
 def check_what_does_not_work_is_refused_with_a_way_round() -> dict[str, str]:
-    from modules import devices, shared
-
     said = {}
-    with changed(shared.opts, "use_old_emphasis_implementation", True):
-        said["old emphasis"] = raised(EstimateError, lambda: outcome(request()))
-    with changed(shared.sd_model, "lowvram", True):
-        said["medvram"] = raised(EstimateError, lambda: outcome(request()))
-    with changed(devices, "fp8", True):
-        said["fp8"] = raised(EstimateError, lambda: outcome(request()))
+    for name, in_place in webuis.this().refused().items():
+        with in_place:
+            said[name] = raised(EstimateError, lambda: outcome(request()))
     said["prompt"] = raised(EstimateError, lambda: outcome(request(prompt="a (b:1.5.2) c")))
     assert all(sentence.endswith(".") for sentence in said.values()), said
     return said
@@ -430,19 +400,17 @@ def check_what_does_not_work_is_refused_with_a_way_round() -> dict[str, str]:
 def check_options_of_emphasis_and_clip_skip_are_the_hosts() -> dict[str, Any]:
     from modules import shared
 
-    with WebuiHost(locked=False).session() as session, torch.no_grad():
-        skip = [("CLIP_stop_at_last_layers", 2)]
-        if len(session.info.widths) > 1:  # SDXL's first encoder is read at its last layer but one, unless told to skip
-            skip = [("CLIP_stop_at_last_layers", 3), ("sdxl_clip_l_skip", True)]
-        if getattr(shared.sd_model, "is_sd2", False):
-            skip = [("emphasis", "None")]  # the webui has no clip skip for it
-        usual = session.encode(["(red:1.6) circle"]).hidden
-        for options in ([("emphasis", "No norm")], [("emphasis", "Ignore")], skip):
-            with ExitStack() as stack:
-                for name, value in options:
-                    stack.enter_context(changed(shared.opts, name, value))
-                session._batches.clear()
-                assert not torch.equal(session.encode(["(red:1.6) circle"]).hidden, usual), options
+    def encoded() -> torch.Tensor:
+        with WebuiHost(locked=False).session() as session, torch.no_grad():
+            return session.encode(["(red:1.6) circle"]).hidden
+
+    usual = encoded()
+    for options in ([("emphasis", "No norm")], [("emphasis", "Ignore")], webuis.this().clip_skip()):
+        with ExitStack() as stack:
+            for name, value in options:
+                stack.enter_context(changed(shared.opts, name, value))
+            assert not torch.equal(encoded(), usual), options
+    assert torch.equal(encoded(), usual)
     return {}
 
 
@@ -460,18 +428,16 @@ def check_lora_tags_are_left_out_and_said() -> dict[str, Any]:
 
 
 def check_an_embedding_of_another_model_is_said_before_the_run() -> dict[str, Any]:
-    from modules import sd_hijack
-
-    path, database = Path(WebuiShell().embeddings_folder()) / "foreignword.pt", sd_hijack.model_hijack.embedding_db
+    path = Path(WebuiShell().embeddings_folder()) / "foreignword.pt"
     writing.save(Embedding(path.stem, {"clip_l": torch.zeros(1, 8)}, {}), path)
     try:
-        database.load_textual_inversion_embeddings(force_reload=True)
+        family().refresh_embeddings()
         for change in ({"prompt": "a (red:1.6) foreignword circle"}, {"init": "foreignword"}):
             first = next(iter(job.estimate(request(**change), WebuiHost(locked=False))))
             assert "foreignword was made for another kind of model (width 8;" in first.text, first
     finally:
         path.unlink()
-        database.load_textual_inversion_embeddings(force_reload=True)
+        family().refresh_embeddings()
     return {}
 
 

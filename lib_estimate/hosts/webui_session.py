@@ -1,0 +1,193 @@
+"""A webui's model as a `base.Session`: what all webuis share, over what each family does in its own way (`Loaded`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from modules import call_queue, devices, processing
+from torch import Tensor, nn
+
+from lib_estimate.hosts import denoising
+from lib_estimate.hosts.base import (
+    Conditioning,
+    CrossAttentionLayer,
+    ModelInfo,
+    Sensitivity,
+    StepConditioning,
+    Trajectory,
+    Watch,
+)
+from lib_estimate.hosts.family import family
+from lib_estimate.hosts.webui_text import Engine, WebuiText
+
+
+class Loaded(Protocol):
+    """A webui's checkpoint that can be learnt on, as one family of webuis holds it."""
+
+    model: Any  # what the webui's own functions take
+    engines: Mapping[str, Engine]
+    unet: nn.Module
+    velocity: bool  # whether the U-Net predicts v
+    latent_channels: int
+    latent_scale: int
+    default_size: int
+    device: torch.device
+    dtype: torch.dtype  # what the U-Net calculates in
+
+    def lent(self) -> AbstractContextManager[None]:
+        """Frozen, in its place, and ready for gradients; afterwards as the webui wants it."""
+
+    def returned(self) -> AbstractContextManager[None]:
+        """Inside of `lent`: the webui's for a moment, to decode or encode pictures in its own way."""
+
+    def alphas_cumprod(self) -> Tensor:
+        """`[T]`, float32, on the device."""
+
+    def network_output(
+        self, x: Tensor, timestep: Tensor, hidden: Tensor, vector: Tensor | None, extra: Tensor | None
+    ) -> Tensor:
+        """What the U-Net says for latents x; vector `[B, V]` for SDXL; extra: channels of inpainting checkpoints."""
+
+    def told_sizes(self, height: int, width: int) -> Tensor:
+        """`[1, S]`, what SDXL is told of a picture's size and of what was cut off."""
+
+    def image_conditioning(self, x: Tensor, width: int, height: int) -> Tensor | None:
+        """`[1, ...]`, what txt2img feeds into the extra channels of inpainting checkpoints, for one latent x. A dummy,
+        or None, for all others."""
+
+
+class WebuiHost:
+    """The webui's model on loan. `locked`: whether the caller holds the webui's queue lock already."""
+
+    def __init__(self, *, locked: bool) -> None:
+        self.locked = locked
+
+    @contextmanager
+    def session(self) -> Iterator[WebuiSession]:
+        if not self.locked:
+            with call_queue.queue_lock:
+                yield from self._session()
+            return
+        yield from self._session()
+
+    def _session(self) -> Iterator[WebuiSession]:
+        model = family().loaded()
+        with model.lent():
+            session = WebuiSession(model)
+            try:
+                yield session
+            finally:
+                session.close()
+
+
+class WebuiSession(WebuiText):
+    """See `base.Session`."""
+
+    def __init__(self, model: Loaded) -> None:
+        super().__init__(model.engines, model.device)
+        self.model, self.unet = model, model.unet
+        checkpoint = model.model.sd_checkpoint_info
+        self.info = ModelInfo(
+            name=checkpoint.model_name,
+            hash=checkpoint.shorthash,
+            widths=self.widths(),
+            chunk_length=self.encoder.chunk_length,
+            latent_channels=model.latent_channels,
+            latent_scale=model.latent_scale,
+            default_size=model.default_size,
+            device=model.device,
+            dtype=model.dtype,
+        )
+        self.forwards = 0
+        self._recomputed: denoising.Recomputed | None = None
+        self._extra: dict[tuple[int, ...], Tensor | None] = {}
+        self._sizes: dict[tuple[int, ...], Tensor] = {}
+
+    def close(self) -> None:
+        super().close()
+        if self._recomputed is not None:
+            self._recomputed.restore()
+
+    def save_memory(self) -> bool:
+        if self._recomputed is not None:
+            return False
+        self._recomputed = denoising.Recomputed(self.unet)
+        return True
+
+    def _autocast(self) -> Any:
+        return devices.autocast()
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        given, dtype = conditioning.expand(len(x)), self.info.dtype
+        vector, extra = self._vector(x, given), self._image_conditioning(x)
+        self.forwards += len(x) * denoising.cost(conditioning, self._recomputed is not None)
+        with devices.autocast():
+            out = self.model.network_output(x.to(dtype), timestep, given.hidden.to(dtype), vector, extra).float()
+        if not self.model.velocity:
+            return out
+        return denoising.noise_of_velocity(out, x.float(), self.model.alphas_cumprod()[timestep.long()])
+
+    def _vector(self, x: Tensor, given: Conditioning) -> Tensor | None:
+        """`[B, V]`, SDXL's pooled vector and sizes."""
+        if given.pooled is None:
+            return None
+        return torch.cat([given.pooled, self._told_sizes(x).expand(len(x), -1)], dim=1).to(self.info.dtype)
+
+    @torch.no_grad()
+    def _told_sizes(self, x: Tensor) -> Tensor:
+        height, width = size = tuple(side * self.info.latent_scale for side in x.shape[-2:])
+        if size not in self._sizes:
+            self._sizes[size] = self.model.told_sizes(height, width).to(self.info.device).float()
+        return self._sizes[size]
+
+    @torch.no_grad()
+    def _image_conditioning(self, x: Tensor) -> Tensor | None:
+        """The webui draws it from what its VAE makes of a grey picture; here it is the same draw each time."""
+        shape = tuple(x.shape[1:])
+        if shape not in self._extra:
+            height, width = (side * self.info.latent_scale for side in x.shape[-2:])
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                made = self.model.image_conditioning(x[:1].detach(), width, height)
+            self._extra[shape] = None if made is None else made.to(self.info.device, self.info.dtype, copy=True)
+        made = self._extra[shape]
+        return None if made is None else made.expand(len(x), *made.shape[1:])
+
+    def sensitivity(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, probe: Tensor) -> Sensitivity:
+        return denoising.sensitivity(self.unet, self.predict_noise, x, timestep, conditioning, probe)
+
+    def sample(
+        self,
+        noise: Tensor,
+        guidance: Sequence[StepConditioning],
+        cfg_scale: float,
+        *,
+        offset: float = 0.0,
+        watch: Watch | None = None,
+        watch_negative: bool = False,
+    ) -> Iterator[int | Trajectory]:
+        return denoising.sample(
+            self.predict_noise, self.model.alphas_cumprod(), noise.to(self.info.device).float(), guidance, cfg_scale,
+            offset=offset,
+            watch_positive=lambda step: denoising.watching(self.unet, None if watch_negative else watch, step),
+            watch_negative=lambda step: denoising.watching(self.unet, watch if watch_negative else None, step),
+        )  # fmt: skip
+
+    def cross_attention(self) -> list[CrossAttentionLayer]:
+        def call(module: nn.Module) -> CrossAttentionLayer:
+            def layer(hidden: Tensor, context: Tensor) -> Tensor:
+                with devices.autocast():
+                    return module(hidden, context=context.to(self.info.dtype)).float()
+
+            return layer
+
+        return [call(module) for module in denoising.attention_modules(self.unet)]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        with self.model.returned(), devices.autocast():
+            pictures = processing.decode_latent_batch(self.model.model, latents, target_device=devices.cpu)
+        return (torch.stack(list(pictures)).float() / 2 + 0.5).clamp(0, 1)
