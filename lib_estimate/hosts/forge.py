@@ -34,7 +34,7 @@ def loaded() -> ForgeModel:
     """The chosen checkpoint, loaded as Generate would; ModelError where it doesn't work here."""
     model = _chosen()
     kind = type(model).__name__
-    if not (model.is_sd1 or model.is_sd2 or model.is_sdxl):
+    if not any(getattr(model, name, False) for name in ("is_sd1", "is_sd2", "is_sdxl")):
         raise ModelError(f"This checkpoint is of another family ({kind}). Choose a checkpoint of SD 1, SD 2 or SDXL.")
     if model.is_sdxl and not hasattr(model, "text_processing_engine_l"):
         raise ModelError("This is SDXL's refiner, which only finishes pictures. Choose an SDXL base checkpoint.")

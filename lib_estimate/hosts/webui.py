@@ -28,7 +28,7 @@ from lib_estimate.hosts.webui_text import Engine
 
 def loaded() -> WebuiModel:
     """The loaded checkpoint; ModelError where it, or how the webui runs it, doesn't work here."""
-    if shared.opts.use_old_emphasis_implementation:
+    if getattr(shared.opts, "use_old_emphasis_implementation", False):
         raise ModelError(
             "The setting 'Use old emphasis implementation' is on: its weights can't be learnt. "
             "Switch it off under Settings > Compatibility."

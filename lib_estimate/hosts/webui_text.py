@@ -209,7 +209,7 @@ class WebuiText:
         engine.fixes.fixes = [chunk.fixes for chunk in chunks]
         with self._autocast():
             z = engine.encoder.process_tokens([chunk.tokens for chunk in chunks], weights)
-        pooled = getattr(z, "pooled", None) if engine.encoder.return_pooled else None
+        pooled = getattr(z, "pooled", None) if getattr(engine.encoder, "return_pooled", True) else None
         return z.to(self.device).float(), None if pooled is None else pooled.to(self.device).float()
 
     def _autocast(self) -> Any:

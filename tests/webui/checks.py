@@ -292,8 +292,7 @@ def fingerprint() -> dict[str, Any]:
             digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return {
         "weights": digest.hexdigest(),
-        "places": [(id(parameter), parameter.data_ptr()) for parameter in parameters],
-        "frozen": [p.requires_grad for p in parameters],
+        "tensors": this.tensors(),
         "training": [m.training for m in modules],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules],
         "gradients": [p.is_leaf and not p.is_inference() and p.grad is not None for p in parameters],

@@ -34,6 +34,10 @@ class A1111:
     def networks(self) -> list[nn.Module]:
         return [self.loaded()]
 
+    def tensors(self) -> list[Any]:
+        """Of the networks: what of each must be as before. Nothing here moves them."""
+        return [(id(p), p.data_ptr(), p.requires_grad) for network in self.networks() for p in network.parameters()]
+
     def databases(self) -> list[Any]:
         """Of embeddings that prompts can name, one per text encoder or one for all."""
         from modules import sd_hijack
@@ -82,7 +86,7 @@ class A1111:
             return [("CLIP_stop_at_last_layers", 3), ("sdxl_clip_l_skip", True)]
         if getattr(shared.sd_model, "is_sd2", False):
             return [("emphasis", "None")]  # the webui has no clip skip for it
-        return [("CLIP_stop_at_last_layers", 2)]
+        return [("CLIP_stop_at_last_layers", shared.opts.CLIP_stop_at_last_layers + 1)]
 
     def refused(self) -> dict[str, AbstractContextManager]:
         """What can't be worked with, put in place."""
@@ -102,6 +106,10 @@ class Patched(A1111):
         objects = self.loaded().forge_objects
         return [objects.unet.model, self.loaded().cond_stage_model, objects.vae.first_stage_model]
 
+    def tensors(self) -> list[Any]:
+        """The memory management makes new ones as it moves them: they must be of its kind, and not ours."""
+        return [(p.is_inference(), p.requires_grad) for network in self.networks() for p in network.parameters()]
+
     def own_eps(self, session: WebuiSession, x: Tensor, t: Tensor, given: Any) -> Tensor:
         inner = self.loaded().forge_objects.unet.model
         return _eps_by_sigma(inner, inner.model_sampling.sigmas.to(x.device)[t.long()], x, given)
@@ -112,7 +120,8 @@ class Patched(A1111):
     def refused(self) -> dict[str, AbstractContextManager]:
         from modules import shared
 
-        return {"old emphasis": changed(shared.opts, "use_old_emphasis_implementation", True)}
+        option = "use_old_emphasis_implementation"
+        return {"old emphasis": changed(shared.opts, option, True)} if hasattr(shared.opts, option) else {}
 
 
 class Forge(Patched):
@@ -141,7 +150,9 @@ class Forge(Patched):
         return _eps_by_sigma(inner, inner.predictor.sigmas.to(x.device)[t.long()], x, given)
 
     def clip_skip(self) -> list[tuple[str, Any]]:
-        return [("CLIP_stop_at_last_layers", 3 if self.loaded().is_sdxl else 2)]
+        from modules import shared
+
+        return [("CLIP_stop_at_last_layers", max(shared.opts.CLIP_stop_at_last_layers, self.loaded().is_sdxl + 1) + 1)]
 
     def refused(self) -> dict[str, AbstractContextManager]:
         return {"another family": changed(self.loaded(), "is_sd1", False)} if self.loaded().is_sd1 else {}
