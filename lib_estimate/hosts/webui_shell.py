@@ -20,7 +20,6 @@ import gradio as gr
 from modules import call_queue, processing, progress, shared
 from modules.options import OptionInfo
 
-from lib_estimate.errors import EstimateError
 from lib_estimate.hosts.family import family
 from lib_estimate.hosts.webui_session import WebuiHost
 from lib_estimate.request import EstimateRequest, Part
@@ -29,6 +28,7 @@ log = logging.getLogger(__name__)
 
 SECTION = ("embedding_estimate", "Embedding Estimate")
 PARTS_OF_PROGRESS = 1000
+UNKNOWN = "?"
 CACHES = ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc")
 
 
@@ -96,7 +96,7 @@ class WebuiShell:
         from modules import ui  # not at the top: it is still being loaded when extensions are
 
         if not family().counts_tokens():
-            raise EstimateError("There is no model to count with yet.")
+            return UNKNOWN
         return re.sub("<[^>]+>", "", ui.update_token_counter(text, steps, [], is_positive=not negative))
 
     def send_buttons(self) -> Sequence[str]:

@@ -84,7 +84,7 @@ class Shell(Protocol):
         """A file was saved: its name must work in the next generation."""
 
     def count_tokens(self, text: str, steps: int, negative: bool) -> str:
-        """Such as 12/75."""
+        """Such as 12/75; ? where nothing can count them yet."""
 
     def send_buttons(self) -> Sequence[str]:
         """Tabs of the program that have prompts to send the name to."""

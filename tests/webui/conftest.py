@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from tests.webui.real_host import SHAPES_SD, RealHost
 
 ROOT = os.environ.get("WEBUI_ROOT")
-
+FLAGS = shlex.split(os.environ.get("WEBUI_FLAGS", ""))
 
 OTHERS = (
     sorted(Path(os.environ["WEBUI_CHECKPOINTS"]).glob("*.safetensors")) if "WEBUI_CHECKPOINTS" in os.environ else []
@@ -37,7 +38,8 @@ def started(checkpoint: Path, tmp_path_factory) -> RealHost:
     if not ROOT:
         pytest.skip("the real webui: set WEBUI_ROOT to a checkout of it")
     python = Path(os.environ.get("WEBUI_PYTHON", Path(ROOT) / "venv" / "bin" / "python"))
-    return RealHost(Path(ROOT), python, tmp_path_factory.mktemp("webui"), checkpoint)
+    launch = shlex.split(os.environ.get("WEBUI_LAUNCH", "launch.py"))
+    return RealHost(Path(ROOT), python, tmp_path_factory.mktemp("webui"), checkpoint, launch, FLAGS)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

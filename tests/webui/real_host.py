@@ -9,34 +9,52 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]
 SHAPES_SD = PROJECT / "tests" / "shapes_sd" / "shapes_sd.safetensors"
+# Of each webui those that it knows: some refuse to start at others.
 FLAGS = (
     "--skip-prepare-environment", "--skip-torch-cuda-test", "--skip-python-version-check", "--skip-version-check",
-    "--use-cpu", "all", "--no-half", "--precision", "full", "--no-download-sd-model", "--do-not-download-clip",
-    "--no-hashing", "--api", "--server-name", "127.0.0.1",
+    "--skip-install", "--no-download-sd-model", "--do-not-download-clip", "--no-hashing", "--disable-nan-check",
+    "--api", "--always-cpu", "--cpu", "--all-in-fp32", "--clip-in-fp32", "--vae-in-fp32", "--force-fp32",
+    "--attention-pytorch",
 )  # fmt: skip
+FLAGS_OF_A1111 = ("--use-cpu", "all", "--no-half", "--precision", "full")  # in Forge's family they mean less
+NAMED_IN = ("modules/cmd_args.py", "modules/paths_internal.py", "backend/args.py", "ldm_patched/modules/args_parser.py")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "GRADIO_ANALYTICS_ENABLED": "False",
-    "OMP_NUM_THREADS": "1", "SD_WEBUI_RESTARTING": "1",
+    "OMP_NUM_THREADS": "1", "SD_WEBUI_RESTARTING": "1", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1",
 }  # fmt: skip
 READY = "Startup time:"  # a request before this line stands in the log kills the webui
 START_LIMIT = 600  # seconds
 
 
 class RealHost:
-    """`root`: the webui's checkout; `checkpoint`: a single file with its .yaml beside it.
+    """`root`: the webui's checkout; `checkpoint`: a single file with its .yaml beside it; `launch`: what starts it, its
+    own launch.py or something that does the same; `more`: flags of a test's own.
 
     Used as a context manager; `url` is where its page is.
     """
 
-    def __init__(self, root: Path, python: Path, data: Path, checkpoint: Path = SHAPES_SD) -> None:
+    def __init__(
+        self, root: Path, python: Path, data: Path, checkpoint: Path, launch: Sequence[str], more: Sequence[str] = ()
+    ) -> None:
         self.root, self.python, self.data, self.checkpoint = root, python, data, checkpoint
+        self.launch, self.more = launch, more
         self.log = data / "log.txt"
+
+    def _flags(self) -> list[str]:
+        named = "".join(path.read_text(encoding="utf-8") for path in map(self.root.joinpath, NAMED_IN) if path.exists())
+        known = [flag for flag in FLAGS if f'"{flag}"' in named or f"'{flag}'" in named]
+        if "--always-cpu" not in known and "--cpu" not in known:
+            known += FLAGS_OF_A1111
+        folders = {"--data-dir": self.data, "--embeddings-dir": self.data / "embeddings"}
+        folders["--gradio-allowed-path"] = self.root  # for the webui's own files, which are outside of the data folder
+        return [*known, *(str(part) for pair in folders.items() for part in pair), *self.more]
 
     def __enter__(self) -> RealHost:
         self._lay_out()
@@ -47,7 +65,7 @@ class RealHost:
         environment = {k: v for k, v in os.environ.items() if k != "COMMANDLINE_ARGS"} | ENVIRONMENT
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [self.python, "launch.py", *FLAGS, "--data-dir", self.data, "--port", str(port)],
+                [self.python, *self.launch, *self._flags(), "--server-name", "127.0.0.1", "--port", str(port)],
                 cwd=self.root, env=environment, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         until = time.monotonic() + START_LIMIT
@@ -71,7 +89,8 @@ class RealHost:
         shutil.copy(HERE / "check_route.py", extensions / "checks" / "scripts")
         (extensions / "checks" / "checks.json").write_text(json.dumps({"file": str(HERE / "checks.py")}))
         # Of the ways to preview SDXL, one that needs no download.
-        (self.data / "config.json").write_text(json.dumps({"show_progress_type": "Approx cheap"}))
+        settings = {"show_progress_type": "Approx cheap", "sd_model_checkpoint": self.checkpoint.name}
+        (self.data / "config.json").write_text(json.dumps(settings))
         shutil.copy(self.checkpoint, models)
         layout = self.checkpoint.with_suffix(".yaml")
         vocabulary = layout.parent / "tokenizer"
