@@ -38,7 +38,9 @@ from lib_estimate.hosts.base import (
     foreign_embedding,
 )
 from lib_estimate.hosts.layouts import LAYOUTS
+from lib_estimate.hosts.placement import Placed, Placement
 from lib_estimate.hosts.webui_model import engines_of, frozen, usable_model
+from lib_estimate.request import Offload
 
 MOST_BATCHES = 64
 
@@ -67,7 +69,7 @@ class WebuiHost:
                 session.close()
 
 
-class WebuiSession:
+class WebuiSession(Placed):
     """See `base.Session`."""
 
     placeholder = PLACEHOLDER
@@ -83,6 +85,7 @@ class WebuiSession:
         self._image_conditionings: dict[tuple[int, ...], Tensor] = {}
         self._told_sizes: dict[tuple[int, ...], Tensor] = {}
         self._recomputed: denoising.Recomputed | None = None
+        self.placement = Placement([], self.unet, model.first_stage_model, devices.device, Offload.OFF)
         self.forwards = 0
 
     def _info(self) -> ModelInfo:
