@@ -17,7 +17,7 @@ import torch
 from lib_estimate.errors import EstimateError
 from lib_estimate.files import names, writing
 from lib_estimate.files.embedding import FORMATS, Embedding, Vectors
-from lib_estimate.hosts.base import Host, ModelInfo, Session
+from lib_estimate.hosts.base import Host, ModelInfo, Network, Session
 from lib_estimate.learn.count import starting_vectors
 from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.learn.learning import Run, learn
@@ -71,6 +71,7 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
         path = _for_model(path, request, session.info)
         _check_size(request, session.info)
         yield from _notes(request, session)
+        session.place(Network.TEXT)
         alone, bill = build_target(request, session), Bill(session)
         if _own_tokens_do(request, session, alone):
             yield Note("The prompt has no weights, so its own tokens are exact: there is nothing to learn.")
@@ -115,6 +116,7 @@ def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iter
     with host.session() as session:
         _check_size(request, session.info)
         vectors = fitting_vectors(embedding, session.info)
+        session.place(Network.TEXT)
         target = build_target(request, session)
         for progress in measure(session, target, request, [lambda: vectors], report_sentences(request)):
             yield progress if isinstance(progress, Fidelity) else Phase(*progress)

@@ -52,6 +52,13 @@ class Format(str, Enum):
     SAFETENSORS = "safetensors"
 
 
+class Offload(str, Enum):
+    AUTO = "auto"
+    OFF = "off"
+    NETWORKS = "networks"
+    BLOCKS = "blocks"
+
+
 class Emphasis(str, Enum):
     ORIGINAL = "Original"
     NO_NORM = "No norm"
@@ -83,6 +90,12 @@ class ModelOptions:
         "auto",
         "number format of the model's weights; auto is float16 on a GPU and float32 on a CPU",
         choices=("auto", "float32", "float16", "bfloat16"),
+    )
+    offload: Offload = _field(
+        Offload.AUTO,
+        "what waits in main memory while the GPU doesn't need it. off: nothing. networks: text encoders, U-Net and VAE "
+        "take turns on the GPU. blocks: the U-Net goes over it block by block; slow, needs least. auto: the first of "
+        "these that fits into its free memory",
     )
     emphasis: Emphasis = _field(Emphasis.ORIGINAL, "how (word:1.4) is applied, as in the webui's settings")
     clip_skip: int = _field(

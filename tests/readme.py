@@ -22,6 +22,7 @@ JAPANESE = {
     "model": "diffusers フォルダ、または .safetensors / .ckpt ファイル (Stable Diffusion 1, 2, XL 系)",
     "device": "計算する場所: auto, cpu, cuda, cuda:1, mps",
     "dtype": "モデルの重みの数値形式。auto は GPU で float16、CPU で float32",
+    "offload": "GPU が必要としない間、何をメインメモリーで待たせるか。off: 何も待たせない。networks: テキストエンコーダー、U-Net、VAE が順番に GPU を使う。blocks: U-Net もブロックごとに GPU を通る。遅いが最も少なくて済む。auto: このうち、空いているメモリーに収まる最初のもの",
     "emphasis": "(word:1.4) の適用方法。webui の設定と同じ",
     "clip_skip": "テキストエンコーダーのどの層を読むか (最後から数える。Stable Diffusion 1)",
     "sdxl_clip_l_skip": "clip skip を SDXL の一つ目のテキストエンコーダーにも適用する",

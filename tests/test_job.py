@@ -188,8 +188,8 @@ def test_where_memory_is_short_the_unet_takes_less_at_once(host, short, monkeypa
     def little_room(self, x, timestep, conditioning):
         learning = torch.is_grad_enabled() and conditioning.hidden.requires_grad
         if learning:
-            seen.append((len(x), self._recomputed is not None))
-            if len(x) > 1 or self._recomputed is None:
+            seen.append((len(x), self.placement.recomputes))
+            if len(x) > 1 or not self.placement.recomputes:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         elif len(x) > 4:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import Enum
 from random import Random
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lib_estimate.files.embedding import Vectors
+from lib_estimate.request import Offload
 
 PLACEHOLDER = "embeddingestimateplaceholder"  # the word the learnt vectors stand for
 # CLIP's vocabulary begins with the single bytes, inside of words and at their end: brackets and the like, which would
@@ -24,6 +26,39 @@ FIRST_WORD_ID = 2 * 256
 
 
 ROUNDING = 1e-8  # of squares: what half precision may differ by where the same is computed twice
+
+
+class Network(Enum):
+    """What can be on the device or off it."""
+
+    TEXT = "text encoders"
+    ATTENTION = "cross-attention layers"  # of the U-Net, which has them, too
+    UNET = "U-Net"
+    VAE = "VAE"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the device has room for, and what there is to put there; bytes."""
+
+    free: int | None  # what all of it together may take, weights that are there now included; None: nobody counts
+    mode: Offload  # AUTO: still to be chosen
+    weights: Mapping[Network, int]
+    outside: int  # of the U-Net: what is in none of its blocks
+    block: int  # the largest of its blocks
+    switches: Mapping[Offload, str]  # how the user sets another mode, in the host's own words
+
+    def taken(self, mode: Offload, networks: Iterable[Network]) -> int:
+        """What the weights take while only these networks are needed."""
+        if mode is Offload.OFF:
+            networks = (Network.TEXT, Network.UNET, Network.VAE)
+        sizes = dict(self.weights)
+        if Network.UNET in networks:
+            if mode is Offload.BLOCKS:
+                sizes[Network.UNET] = self.outside + self.block
+            else:
+                sizes[Network.ATTENTION] = 0
+        return sum(sizes[network] for network in networks)
 
 
 @dataclass(frozen=True)
@@ -241,6 +276,18 @@ class Session(Protocol):
         share of the distance between two. `watch` sees what enters each cross-attention layer while the first positive
         part is predicted, or the negative prompt with `watch_negative`.
         """
+
+    def place(self, *networks: Network) -> None:
+        """Until the next call only these are needed on the device: where it is small, the others are taken off it.
+
+        A hint. What is used without being there comes by itself, and then stays until the next call.
+        """
+
+    def room(self) -> Room:
+        """What there is room for on the device."""
+
+    def offload(self, mode: Offload) -> None:
+        """How the networks share the device until the session ends; where `room().mode` leaves that open."""
 
     def save_memory(self) -> bool:
         """From now on the U-Net's activations are computed again for the gradient instead of kept; until the session

@@ -86,19 +86,39 @@ def sensitivity(
     )
 
 
+# What tells a block, of ldm's U-Net and of diffusers': transformer blocks, and residual blocks with their timestep.
+MARKS = ("attn2", "emb_layers", "time_emb_proj")
+
+
+def blocks_of(unet: nn.Module) -> list[nn.Module]:
+    """The blocks that hold nearly all of a U-Net's weights and activations."""
+    return [module for module in unet.modules() if any(hasattr(module, mark) for mark in MARKS)]
+
+
 class Recomputed:
     """Gradient checkpointing (Chen et al. 2016): the U-Net's blocks keep only what enters them, and run again for the
     gradient. About a third slower, for a fraction of the memory. `restore` puts the blocks' own methods back.
+
+    `prepare` is called with a block before each of its runs, the second one for the gradient included.
     """
 
-    # What tells a block, of ldm's U-Net and of diffusers': transformer blocks, and residual blocks with their timestep.
-    MARKS = ("attn2", "emb_layers", "time_emb_proj")
-
-    def __init__(self, unet: nn.Module) -> None:
-        self.blocks = [module for module in unet.modules() if any(hasattr(module, mark) for mark in self.MARKS)]
+    def __init__(self, unet: nn.Module, prepare: Callable[[nn.Module], None] | None = None) -> None:
+        self.blocks = blocks_of(unet)
         self.before = [vars(block).get("forward") for block in self.blocks]
         for block in self.blocks:
-            block.forward = partial(self._run, block.forward)
+            forward = block.forward if prepare is None else partial(self._prepared, prepare, block, block.forward)
+            block.forward = partial(self._run, forward)
+
+    @staticmethod
+    def _prepared(
+        prepare: Callable[[nn.Module], None],
+        block: nn.Module,
+        forward: Callable[..., Tensor],
+        *given: Any,
+        **named: Any,
+    ) -> Tensor:
+        prepare(block)
+        return forward(*given, **named)
 
     @staticmethod
     def _run(forward: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:

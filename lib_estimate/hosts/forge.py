@@ -4,13 +4,14 @@ Leans on, as read in Forge (dfdcbab6): `sd_models.forge_model_reload` and `model
 `forge_objects_after_applying_lora` with the patchers `unet`, `clip`, `vae`, `is_sd1`, `is_sd2`, `is_sdxl`,
 `is_inpaint`, `set_clip_skip`, for SDXL `embedder`, and its text engines (`text_processing_engine`, or with `_l` and
 `_g`) with `embeddings`, `emphasis`, `clip_skip`, `embedding_key`; of the U-Net's `KModel` `diffusion_model`,
-`predictor.sigmas`, `predictor.prediction_type`, `computation_dtype`; `memory_management.load_models_gpu`;
+`predictor.sigmas`, `predictor.prediction_type`, `computation_dtype`; `memory_management.load_models_gpu` and
+`get_free_memory`;
 `emphasis.get_current_option`; `processing.txt2img_image_conditioning`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -22,8 +23,9 @@ from modules import processing, sd_models, shared
 from torch import Tensor, nn
 
 from lib_estimate.errors import ModelError
+from lib_estimate.hosts.base import Network
 from lib_estimate.hosts.layouts import LAYOUTS
-from lib_estimate.hosts.lending import Views, frozen, kept_for_the_gradient
+from lib_estimate.hosts.lending import Managed, Views, frozen, kept_for_the_gradient
 from lib_estimate.hosts.webui_text import Engine
 
 TEXT_ENGINES = ("text_processing_engine", "text_processing_engine_l", "text_processing_engine_g")
@@ -78,7 +80,8 @@ class ForgeModel:
     def __init__(self, model: Any) -> None:
         self.model = model
         objects = model.forge_objects_after_applying_lora
-        self.patchers, inner = (objects.clip.patcher, objects.unet), objects.unet.model
+        self._patchers = {Network.TEXT: objects.clip.patcher, Network.UNET: objects.unet}
+        inner = objects.unet.model
         self.engines = {engine.embedding_key: _engine(engine) for engine in _text_engines(model)}
         self.unet: nn.Module = inner.diffusion_model
         self.velocity = inner.predictor.prediction_type == VELOCITY
@@ -86,16 +89,18 @@ class ForgeModel:
         self.default_size = _size(model, objects.vae)
         self.device, self.dtype = objects.unet.load_device, inner.computation_dtype
         self._sigmas = inner.predictor.sigmas
-        self._views = Views([inner, objects.clip.cond_stage_model])
+        text, vae = objects.clip.cond_stage_model, objects.vae.first_stage_model
+        self._networks = [inner, text]
+        free = partial(memory_management.get_free_memory, self.device) if self.device.type != "cpu" else lambda: None
+        self.placement = Managed([text], self.unet, vae, self.device, Views(self._networks), self._load, free)
 
     @contextmanager
     def lent(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(self._as_for_a_generation())
-            memory_management.load_models_gpu(list(self.patchers))
-            self._views.put()
-            stack.callback(self._views.take)
-            stack.enter_context(frozen(self._views.networks))
+            stack.callback(self.placement.end)
+            self.placement.place(Network.TEXT)
+            stack.enter_context(frozen(self._networks))
             stack.enter_context(kept_for_the_gradient(self.unet))
             try:
                 yield
@@ -125,14 +130,13 @@ class ForgeModel:
             f"({error}). Set Diffusion in Low Bits to Automatic, or choose a checkpoint that is not quantised."
         )
 
+    def _load(self, needed: Mapping[Network, bool]) -> None:
+        memory_management.load_models_gpu([self._patchers[network] for network in needed if needed[network]])
+
     @contextmanager
     def returned(self) -> Iterator[None]:
-        self._views.take()
-        try:
-            yield
-        finally:
-            memory_management.load_models_gpu(list(self.patchers))
-            self._views.put()
+        self.placement.leave()
+        yield
 
     def alphas_cumprod(self) -> Tensor:
         return (1 / (self._sigmas.float().square() + 1)).to(self.device)

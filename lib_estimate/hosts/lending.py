@@ -6,12 +6,16 @@ gradient, not even as constants. A view of the same memory that is made outside 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lib_estimate.hosts.base import Network
+from lib_estimate.hosts.placement import Placement
+from lib_estimate.request import Offload
 
 Place = tuple[dict[str, Any], str]  # a module's dictionary of parameters or buffers, and a name in it
 
@@ -88,6 +92,53 @@ def _view(tensor: Tensor) -> Tensor:
     view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
     return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
+
+
+class Managed(Placement):
+    """The placement of a webui that moves its networks itself: told what is needed, it loads that.
+
+    Views stand in for the weights from then on, until something else is needed.
+    """
+
+    def __init__(
+        self,
+        text: Sequence[nn.Module],
+        unet: nn.Module,
+        vae: nn.Module,
+        device: torch.device,
+        views: Views,
+        load: Callable[[Mapping[Network, bool]], None],
+        free: Callable[[], int | None],
+    ) -> None:
+        """load: has the webui load the networks that are needed, of TEXT and UNET."""
+        super().__init__(text, unet, vae, device, Offload.OFF, free=free)
+        self.mode, self._views, self._load = Offload.NETWORKS, views, load
+
+    def place(self, *networks: Network) -> None:
+        needed = {Network.UNET if network is Network.ATTENTION else network for network in networks} - {Network.VAE}
+        if needed and needed == self.placed:
+            return
+        self.leave()
+        self._load({network: network in needed for network in (Network.TEXT, Network.UNET)})
+        self._views.put()
+        self.placed = frozenset(needed)
+
+    def bring(self, network: Network) -> None:
+        network = Network.UNET if network is Network.ATTENTION else network
+        if network not in self.placed:
+            self.place(*self.placed, network)
+
+    def leave(self) -> None:
+        """The webui's weights are in their place again; what is needed next is loaded anew."""
+        self._views.take()
+        self.placed = frozenset()
+
+    def choose(self, mode: Offload) -> None:
+        """The webui has chosen."""
+
+    def end(self) -> None:
+        super().end()
+        self.leave()
 
 
 @contextmanager

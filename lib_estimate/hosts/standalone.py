@@ -26,6 +26,7 @@ from lib_estimate.hosts.base import (
     Conditioning,
     CrossAttentionLayer,
     ModelInfo,
+    Network,
     PromptPart,
     Sensitivity,
     StepConditioning,
@@ -34,13 +35,15 @@ from lib_estimate.hosts.base import (
     Watch,
     foreign_embedding,
 )
+from lib_estimate.hosts.placement import Placed, Placement
 from lib_estimate.hosts.text_encoder import TextEncoder
 from lib_estimate.prompt import attention, chunks, schedule
-from lib_estimate.request import ModelOptions
+from lib_estimate.request import ModelOptions, Offload
 
 log = logging.getLogger(__name__)
 
 MOST_BATCHES = 64
+SWITCHES = {mode: f"--offload {mode.value}" for mode in (Offload.NETWORKS, Offload.BLOCKS)}
 
 
 class StandaloneHost:
@@ -50,8 +53,18 @@ class StandaloneHost:
         self.device = _device(options.device)
         self.options, self.embeddings = options, embeddings
         self.parts = checkpoint.load(Path(options.model), _dtype(options.dtype, self.device))
+        self.mode = options.offload
+        if self.mode is Offload.AUTO and self.device.type != "cuda":
+            self.mode = Offload.OFF  # nobody says what is free there, or it is main memory itself
         for network in self.parts.networks():
-            network.to(self.device).eval()
+            network.eval()
+            if self.mode is Offload.OFF:
+                network.to(self.device)
+
+    def placement(self) -> Placement:
+        parts, mode = self.parts, self.mode
+        text = [encoder.model for encoder in parts.text_encoders]
+        return Placement(text, parts.unet, parts.vae, self.device, mode, switches=SWITCHES)
 
     @contextmanager
     def session(self) -> Iterator[StandaloneSession]:
@@ -79,7 +92,7 @@ class ChunkBatch(NamedTuple):
     placed: list[tuple[chunks.Placed, ...]]
 
 
-class StandaloneSession:
+class StandaloneSession(Placed):
     """See `base.Session`."""
 
     placeholder = PLACEHOLDER
@@ -117,21 +130,14 @@ class StandaloneSession:
         self._batches: dict[tuple, list[ChunkBatch]] = {}
         self._missing = parts.unet.config.in_channels - self.info.latent_channels
         self._extra: dict[tuple[int, ...], Tensor] = {}
-        self._recomputed: denoising.Recomputed | None = None
+        self.placement = host.placement()
         self.forwards = 0
         self._handles = [encoder.watch() for encoder in parts.text_encoders]
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
-        if self._recomputed is not None:
-            self._recomputed.restore()
-
-    def save_memory(self) -> bool:
-        if self._recomputed is not None:
-            return False
-        self._recomputed = denoising.Recomputed(self.parts.unet)
-        return True
+        self.placement.end()
 
     # ---- text ----
 
@@ -175,13 +181,13 @@ class StandaloneSession:
                     rows.append(self._embedding(here[position].name)[encoder.key].to(self.device))
                     position += here[position].vectors
                 else:
-                    rows.append(encoder.table.weight[chunk.tokens[position]][None].float())
+                    rows.append(encoder.table.weight[chunk.tokens[position]][None].float().to(self.device))
                     position += 1
         return torch.cat(rows).detach().clone()
 
     def end_vectors(self) -> Vectors:
         end = self.vocabulary.end
-        return {e.key: e.table.weight[end][None].detach().float() for e in self.parts.text_encoders}
+        return {e.key: e.table.weight[end][None].detach().float().to(self.device) for e in self.parts.text_encoders}
 
     def table_norm(self) -> dict[str, float]:
         return {e.key: e.table.weight.detach().float().norm(dim=1).median().item() for e in self.parts.text_encoders}
@@ -195,6 +201,7 @@ class StandaloneSession:
         together: bool = False,
         negative: bool = False,
     ) -> Conditioning:
+        self.placement.bring(Network.TEXT)
         columns = self._prepared(tuple(texts), 0 if vectors is None else len(next(iter(vectors.values()))))
         encoded = [self._encode_chunks(column, vectors, weighted, together) for column in columns]
         hidden, pooled = torch.cat([hidden for hidden, _ in encoded], dim=1), encoded[0][1]
@@ -291,7 +298,8 @@ class StandaloneSession:
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         given = conditioning.expand(len(x))
-        self.forwards += len(x) * denoising.cost(given, self._recomputed is not None)
+        self.forwards += len(x) * denoising.cost(given, self.placement.recomputes)
+        self.placement.bring(Network.UNET)
         out = self.parts.unet(
             self._with_extra_channels(x).to(self.dtype),
             timestep,
@@ -330,6 +338,7 @@ class StandaloneSession:
             extra = x.new_zeros(1, *shape)
             if self._missing > x.shape[1]:
                 vae, side = self.parts.vae, self.info.latent_scale
+                self.placement.bring(Network.VAE)
                 grey = torch.zeros(1, vae.config.in_channels, *(side * n for n in shape[1:]), device=x.device)
                 latent = vae.encode(grey.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
                 extra = torch.cat([torch.ones_like(extra[:, :1]), latent.to(x)], dim=1)
@@ -358,13 +367,18 @@ class StandaloneSession:
 
     def cross_attention(self) -> list[CrossAttentionLayer]:
         def call(module: nn.Module) -> CrossAttentionLayer:
-            return lambda hidden, context: module(hidden, encoder_hidden_states=context.to(self.dtype)).float()
+            def layer(hidden: Tensor, context: Tensor) -> Tensor:
+                self.placement.bring(Network.ATTENTION)
+                return module(hidden, encoder_hidden_states=context.to(self.dtype)).float()
+
+            return layer
 
         return [call(module) for module in denoising.attention_modules(self.parts.unet)]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.parts.vae
+        self.placement.bring(Network.VAE)
         pictures = [
             vae.decode(z[None].to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0] for z in latents
         ]

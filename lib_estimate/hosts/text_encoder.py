@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-Placement = tuple[int, Mapping[str, Tensor]]
+Splice = tuple[int, Mapping[str, Tensor]]
 """Index of the first place, and an embedding's vectors `{encoder: [N, width]}`."""
 
 
@@ -33,7 +33,7 @@ class TextEncoder:
         body = getattr(self.model, "text_model", self.model)
         self.table: nn.Embedding = body.embeddings.token_embedding
         self.final_norm: nn.LayerNorm = body.final_layer_norm
-        self._spliced: Sequence[Sequence[Placement]] = ()
+        self._spliced: Sequence[Sequence[Splice]] = ()
 
     @property
     def width(self) -> int:
@@ -53,7 +53,7 @@ class TextEncoder:
         return self.table.register_forward_hook(self._splice)
 
     def states(
-        self, ids: Tensor, end: int, placed: Sequence[Sequence[Placement]], layer: int
+        self, ids: Tensor, end: int, placed: Sequence[Sequence[Splice]], layer: int
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `[B, T, C]` of a layer and the pooled vector `[B, P]`, float32, for token ids `[B, T]`.
 

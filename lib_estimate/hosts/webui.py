@@ -4,26 +4,32 @@ Leans on, as read in 1.10.1 (82a973c0): `shared.sd_model` with `cond_stage_model
 `apply_model`, `alphas_cumprod`, `parameterization`, `first_stage_model`; `EmbeddingsWithFixes` (the token table, known
 by its `textual_inversion_key`), `model_hijack.embedding_db` with `register_embedding_by_name`, `skipped_embeddings` and
 `load_textual_inversion_embeddings`; `devices.dtype_unet`, `devices.fp8`, `sd_unet.current_unet`,
-`processing.txt2img_image_conditioning`. In reForge (3b56b268) and Forge Classic (1f95d717) besides: `forge_objects`
-with the patchers `unet`, `clip`, `vae`, `ldm_patched.modules.model_management.load_models_gpu` and
+`processing.txt2img_image_conditioning`, `lowvram.send_everything_to_cpu` and `module_in_gpu`. In reForge (3b56b268) and
+Forge Classic (1f95d717) besides: `forge_objects` with the patchers `unet`, `clip`, `vae`,
+`ldm_patched.modules.model_management` with `load_models_gpu` and `get_free_memory`, and
 `modules_forge.forge_clip.move_clip_to_gpu`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from modules import devices, processing, sd_hijack, sd_unet, shared
+from modules import devices, lowvram, processing, sd_hijack, sd_unet, shared
 from torch import Tensor, nn
 
 from lib_estimate.errors import ModelError
+from lib_estimate.hosts.base import Network
 from lib_estimate.hosts.layouts import LAYOUTS
-from lib_estimate.hosts.lending import Views, frozen, kept_for_the_gradient
+from lib_estimate.hosts.lending import Managed, Views, frozen, kept_for_the_gradient
+from lib_estimate.hosts.placement import Placement
 from lib_estimate.hosts.webui_text import Engine
+from lib_estimate.request import Offload
+
+SWITCHES = {Offload.NETWORKS: "--medvram", Offload.BLOCKS: "--lowvram"}
 
 
 def loaded() -> WebuiModel:
@@ -40,12 +46,6 @@ def loaded() -> WebuiModel:
         raise ModelError("This checkpoint is of the SD3 family. Choose a checkpoint of SD 1, SD 2 or SDXL.")
     if getattr(model, "is_sdxl", False) and not hasattr(model.cond_stage_model, "embedders"):
         raise ModelError("This is SDXL's refiner, which only finishes pictures. Choose an SDXL base checkpoint.")
-    if getattr(model, "lowvram", False):
-        raise ModelError(
-            "The webui runs with --medvram or --lowvram, which moves the networks off the GPU while they are still "
-            "needed for learning. Start it without; a run with the cross-attention part needs little more memory than "
-            "a picture."
-        )
     if getattr(devices, "fp8", False):
         raise ModelError("FP8 weights are on. Switch them off under Settings > Optimizations for the estimate.")
     if sd_unet.current_unet is not None:
@@ -78,7 +78,17 @@ class WebuiModel:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        with frozen([self.model]):
+        with ExitStack() as stack:
+            stack.enter_context(frozen([self.model]))
+            mode = Offload.OFF
+            if getattr(self.model, "lowvram", False):
+                stack.enter_context(_by_hand(self.model))
+                mode = Offload.BLOCKS if shared.cmd_opts.lowvram else Offload.NETWORKS
+            vae = self.model.first_stage_model
+            self.placement = Placement(
+                [self.model.cond_stage_model], self.unet, vae, self.device, mode, switches=SWITCHES
+            )
+            stack.callback(self.placement.end)
             yield
 
     def returned(self) -> nullcontext:
@@ -111,44 +121,71 @@ class WebuiModel:
         return processing.txt2img_image_conditioning(self.model, x, width, height)
 
 
+@contextmanager
+def _by_hand(model: nn.Module) -> Iterator[None]:
+    """--medvram and --lowvram send a network, or a block of one, to the GPU when it runs and the one before to main
+    memory, which a gradient can't follow. Here all of them begin in main memory, and nothing of that goes on."""
+    lowvram.send_everything_to_cpu()
+    taken = [
+        (module._forward_pre_hooks, key, hook)
+        for module in model.modules()
+        for key, hook in module._forward_pre_hooks.items()
+        if getattr(hook, "__name__", "") == "send_me_to_gpu"
+    ]
+    for hooks, key, _ in taken:
+        del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook
+            hooks.move_to_end(key, last=False)
+        lowvram.module_in_gpu = None  # decoding pictures has put the VAE there, which is in main memory again
+
+
 class PatchedModel(WebuiModel):
     """In reForge and Forge Classic: A1111's text encoders, and networks that a memory management of their own moves."""
 
     def __init__(self, model: Any) -> None:
+        from ldm_patched.modules import model_management
+
         super().__init__(model)
-        self.patchers = model.forge_objects.unet, model.forge_objects.clip.patcher
-        inner = model.forge_objects.unet.model
+        objects = model.forge_objects
+        self._patchers = {Network.TEXT: objects.clip.patcher, Network.UNET: objects.unet}
+        inner = objects.unet.model
         self.unet = inner.diffusion_model
         self.dtype = getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
-        self._views = Views([inner, model.forge_objects.clip.cond_stage_model, model.cond_stage_model])
+        self._networks = [inner, objects.clip.cond_stage_model, model.cond_stage_model]
+        free = partial(model_management.get_free_memory, self.device) if self.device.type != "cpu" else lambda: None
+        vae = objects.vae.first_stage_model
+        self.placement = Managed(
+            self._networks[1:], self.unet, vae, self.device, Views(self._networks), self._load, free
+        )
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        from ldm_patched.modules import model_management
         from modules_forge import forge_clip
 
         move = forge_clip.move_clip_to_gpu
         with ExitStack() as stack:
-            model_management.load_models_gpu(list(self.patchers))
-            self._views.put()
-            stack.callback(self._views.take)
-            stack.enter_context(frozen([*self._views.networks]))
+            stack.callback(self.placement.end)
+            self.placement.place(Network.TEXT)
+            stack.enter_context(frozen(self._networks))
             stack.enter_context(kept_for_the_gradient(self.unet))
             # At every text it would see that the encoder is loaded, and might unload the U-Net for it.
             forge_clip.move_clip_to_gpu = lambda: None
             stack.callback(partial(setattr, forge_clip, "move_clip_to_gpu", move))
             yield
 
-    @contextmanager
-    def returned(self) -> Iterator[None]:
+    def _load(self, needed: Mapping[Network, bool]) -> None:
         from ldm_patched.modules import model_management
 
-        self._views.take()
-        try:
-            yield
-        finally:
-            model_management.load_models_gpu(list(self.patchers))
-            self._views.put()
+        model_management.load_models_gpu([self._patchers[network] for network in needed if needed[network]])
+
+    @contextmanager
+    def returned(self) -> Iterator[None]:
+        self.placement.leave()
+        yield
 
     def network_output(
         self, x: Tensor, timestep: Tensor, hidden: Tensor, vector: Tensor | None, extra: Tensor | None

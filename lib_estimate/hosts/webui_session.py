@@ -15,12 +15,14 @@ from lib_estimate.hosts.base import (
     Conditioning,
     CrossAttentionLayer,
     ModelInfo,
+    Network,
     Sensitivity,
     StepConditioning,
     Trajectory,
     Watch,
 )
 from lib_estimate.hosts.family import family
+from lib_estimate.hosts.placement import Placed, Placement
 from lib_estimate.hosts.webui_text import Engine, WebuiText
 
 
@@ -36,6 +38,7 @@ class Loaded(Protocol):
     default_size: int
     device: torch.device
     dtype: torch.dtype  # what the U-Net calculates in
+    placement: Placement  # while it is lent
 
     def lent(self) -> AbstractContextManager[None]:
         """Frozen, in its place, and ready for gradients; afterwards as the webui wants it."""
@@ -83,7 +86,7 @@ class WebuiHost:
                 session.close()
 
 
-class WebuiSession(WebuiText):
+class WebuiSession(Placed, WebuiText):
     """See `base.Session`."""
 
     def __init__(self, model: Loaded) -> None:
@@ -101,21 +104,13 @@ class WebuiSession(WebuiText):
             device=model.device,
             dtype=model.dtype,
         )
-        self.forwards = 0
-        self._recomputed: denoising.Recomputed | None = None
+        self.placement, self.forwards = model.placement, 0
         self._extra: dict[tuple[int, ...], Tensor | None] = {}
         self._sizes: dict[tuple[int, ...], Tensor] = {}
 
-    def close(self) -> None:
-        super().close()
-        if self._recomputed is not None:
-            self._recomputed.restore()
-
-    def save_memory(self) -> bool:
-        if self._recomputed is not None:
-            return False
-        self._recomputed = denoising.Recomputed(self.unet)
-        return True
+    def encode(self, *given: Any, **named: Any) -> Conditioning:
+        self.placement.bring(Network.TEXT)
+        return super().encode(*given, **named)
 
     def _autocast(self) -> Any:
         return devices.autocast()
@@ -123,7 +118,8 @@ class WebuiSession(WebuiText):
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         given, dtype = conditioning.expand(len(x)), self.info.dtype
         vector, extra = self._vector(x, given), self._image_conditioning(x)
-        self.forwards += len(x) * denoising.cost(conditioning, self._recomputed is not None)
+        self.placement.bring(Network.UNET)
+        self.forwards += len(x) * denoising.cost(conditioning, self.placement.recomputes)
         with devices.autocast():
             out = self.model.network_output(x.to(dtype), timestep, given.hidden.to(dtype), vector, extra).float()
         if not self.model.velocity:
@@ -179,6 +175,7 @@ class WebuiSession(WebuiText):
     def cross_attention(self) -> list[CrossAttentionLayer]:
         def call(module: nn.Module) -> CrossAttentionLayer:
             def layer(hidden: Tensor, context: Tensor) -> Tensor:
+                self.placement.bring(Network.ATTENTION)
                 with devices.autocast():
                     return module(hidden, context=context.to(self.info.dtype)).float()
 
@@ -188,6 +185,7 @@ class WebuiSession(WebuiText):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        self.placement.bring(Network.VAE)
         with self.model.returned(), devices.autocast():
             pictures = processing.decode_latent_batch(self.model.model, latents, target_device=devices.cpu)
         return (torch.stack(list(pictures)).float() / 2 + 0.5).clamp(0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lib_estimate.hosts.base import Session
+from lib_estimate.hosts.base import Network, Session
 from lib_estimate.learn import plan
 from lib_estimate.learn.fit import Fit
 from lib_estimate.learn.initial import initial_vectors
@@ -31,6 +31,7 @@ def starting_vectors(
     if materials[0].target.composed():
         trial = plan.COMPOSED[Effort.QUICK]
     lessons = Lessons(replace(request, use=Use.WHOLE), session, materials)
+    session.place(*plan.NETWORKS[trial.goal], Network.UNET)  # which looks at each number's best
     for number, count in enumerate(candidates):
         yield Phase("Trying numbers", number, len(candidates))
         start = initial_vectors(replace(request, vectors=count, start=Start.POOLED), session)

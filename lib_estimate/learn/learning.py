@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lib_estimate.files.embedding import Vectors
-from lib_estimate.hosts.base import Session
+from lib_estimate.hosts.base import Network, Session
 from lib_estimate.learn import plan
 from lib_estimate.learn.fit import Fit
 from lib_estimate.learn.objectives.base import Objective, Together
@@ -61,6 +61,7 @@ def learn(
     if any(stage.goal in (Goal.SKETCH, Goal.NOISE_AND_SKETCH) for stage in planned):
         yield from lessons.record(cancel)
     for stage in planned:
+        session.place(*plan.NETWORKS[stage.goal])
         objective, validate = lessons.of(stage)
         if run.stages and stage.goal in RUNS_THE_UNET:  # no stage before was judged by what the U-Net makes of it
             run.best = min(run.best, start, key=validate)
@@ -96,8 +97,10 @@ class Lessons:
 
     def record(self, cancel: Cancel) -> Iterator[Phase]:
         """Records what the sketch is made of, for every material."""
-        for material in self.materials:
-            given, at = self._anchors(material)
+        self.session.place(Network.TEXT)
+        anchors = [self._anchors(material) for material in self.materials]
+        self.session.place(Network.UNET)
+        for material, (given, at) in zip(self.materials, anchors, strict=True):
             taken = sum(hidden.nbytes for hidden in (*material.queries.hidden, *material.check_queries.hidden))
             budget = max(self.request.memory * 2**30 - taken, 0) / len(self.materials)
             x, timestep = material.bank.x[at], material.bank.timestep[at]

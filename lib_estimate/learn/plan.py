@@ -8,6 +8,7 @@ from enum import Enum
 import torch
 
 from lib_estimate.files.embedding import Vectors
+from lib_estimate.hosts.base import Network
 from lib_estimate.learn.registry import LBFGS_EVALUATIONS
 from lib_estimate.request import AUTO, Effort, EstimateRequest, Part, Use
 
@@ -23,6 +24,13 @@ class Goal(str, Enum):
 
 
 RUNS_THE_UNET = (Goal.NOISE, Goal.NOISE_AND_SKETCH)
+NETWORKS = {
+    Goal.HIDDEN_STATES: (Network.TEXT,),
+    Goal.CROSS_ATTENTION: (Network.TEXT, Network.ATTENTION),
+    Goal.SKETCH: (Network.TEXT, Network.ATTENTION),
+    Goal.NOISE: (Network.TEXT, Network.UNET),
+    Goal.NOISE_AND_SKETCH: (Network.TEXT, Network.ATTENTION, Network.UNET),
+}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lib_estimate.files.embedding import Vectors
-from lib_estimate.hosts.base import Conditioning, Session, StepConditioning, Trajectory
+from lib_estimate.hosts.base import Conditioning, Network, Session, StepConditioning, Trajectory
 from lib_estimate.request import EstimateRequest, Use
 from lib_estimate.target import sentences
 from lib_estimate.target.bank import PICTURES, Bank, bank_of, bank_under, latent_noise, noise_under
@@ -145,6 +145,9 @@ class Court:
     def prepare(self) -> Iterator[Progress]:
         """Draws the prompt's pictures, and those of what it is compared with, and measures on their way."""
         target, images = self.target, self.request.images
+        self.session.place(Network.TEXT)
+        inside = {sentence: build_target(self.request, self.session, sentence) for sentence in self.chosen}
+        self.session.place(Network.UNET)
         path = yield from self._draw("prompt", target.guidance)
         self.bank = bank_of(self.session, target, path, range(len(target.guidance)), levels=LEVELS)
         if images:
@@ -154,19 +157,21 @@ class Court:
         shared = self.bank.at(few)
         for number, sentence in enumerate(self.chosen):
             yield "Sentences", number, len(self.chosen)
-            inside = build_target(self.request, self.session, sentence)
-            self.banks[sentence] = inside, bank_under(self.session, shared, inside)
+            self.banks[sentence] = inside[sentence], bank_under(self.session, shared, inside[sentence])
 
     def judge(self, vectors: Vectors, pictures_anyway: bool) -> Iterator[Progress]:
         """The Fidelity of vectors; None where they are worse by noise already, unless pictures are wanted anyway."""
+        self.session.place(Network.TEXT)
         with torch.no_grad():
             embedding = self.target.embed(self.session, vectors)
+            embedded = {sentence: inside.embed(self.session, vectors) for sentence, (inside, _) in self.banks.items()}
+        self.session.place(Network.UNET)
         yield "Noise", 0, 1
         fidelity = self._by_noise(embedding)
         measured: dict[str, SentenceError] = {}
         # Where the candidate before was worse this one may be, too: one look there saves the looks elsewhere.
         for sentence in dict.fromkeys([*self.suspects, *self.banks]):
-            measured[sentence] = self._in_sentence(vectors, sentence)
+            measured[sentence] = self._in_sentence(sentence, embedded[sentence])
             fidelity = replace(fidelity, sentences=tuple(measured[s] for s in self.banks if s in measured))
             if not pictures_anyway and self.worse(fidelity):
                 self.suspects.insert(0, sentence)
@@ -174,6 +179,7 @@ class Court:
         if not self.request.images:
             return fidelity
         yield from self._draw("embedding", self.target.with_embedding(embedding))
+        self.session.place(Network.VAE)
         finals = [self.finals[name] for name in ("embedding", "prompt", self.reference)]
         order = ("prompt", "embedding", self.reference)
         pictures = {name: self.session.decode(self.finals[name]) for name in order}
@@ -221,9 +227,9 @@ class Court:
         )
 
     @torch.no_grad()
-    def _in_sentence(self, vectors: Vectors, sentence: str) -> SentenceError:
-        target, bank = self.banks[sentence]
-        eps = noise_under(self.session, bank.x, bank.timestep, target.embed(self.session, vectors))
+    def _in_sentence(self, sentence: str, embedded: Conditioning) -> SentenceError:
+        bank = self.banks[sentence][1]
+        eps = noise_under(self.session, bank.x, bank.timestep, embedded)
         unweighted = share = None
         if bank.plain is not None:
             unweighted = share_of_empty(bank.plain, bank, weighted=True)

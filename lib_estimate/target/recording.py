@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lib_estimate.hosts.base import Session
+from lib_estimate.hosts.base import Network, Session
 from lib_estimate.progress import Cancel, Interrupted, Phase
 from lib_estimate.request import Effort, EstimateRequest, Part, Use
 from lib_estimate.target.bank import TRAIN, VALIDATION, Bank, build_bank, joined, latent_noise
@@ -73,6 +73,7 @@ def materials_of(request: EstimateRequest, session: Session, alone: Target, canc
     else:
         targets = [alone]
     materials = []
+    session.place(Network.UNET)
     for target in targets:
         materials.append((yield from _material(request, session, target, cancel)))
     return materials

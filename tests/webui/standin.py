@@ -269,7 +269,8 @@ class WebuiSdModel(nn.Module):
         for block in [m for m in parts.unet.modules() if getattr(m, "attn2", None) is not None]:
             block.attn2 = _CrossAttention(block.attn2)
         levels = len(parts.vae.config.block_out_channels)
-        self.first_stage_model = SimpleNamespace(encoder=SimpleNamespace(down=[None] * levels))
+        self.first_stage_model = nn.Module()
+        self.first_stage_model.encoder = SimpleNamespace(down=[None] * levels)
         self.image_size = parts.default_size // 2 ** (levels - 1)
         self.alphas_cumprod = parts.alphas_cumprod
         self.sd_checkpoint_info = SimpleNamespace(model_name=parts.name, shorthash=parts.hash)
@@ -507,6 +508,13 @@ def autocast(disable=False):
     return contextlib.nullcontext()
 
 
+def send_everything_to_cpu():
+    lowvram = sys.modules["modules.lowvram"]
+    if lowvram.module_in_gpu is not None:
+        lowvram.module_in_gpu.to(torch.device("cpu"))
+    lowvram.module_in_gpu = None
+
+
 def wrap_gradio_gpu_call(func, extra_outputs=None):
     return func
 
@@ -533,6 +541,7 @@ VALUES: dict[str, dict[str, Any]] = {  # file of the webui -> names in it
         "device": torch.device("cpu"), "cpu": torch.device("cpu"), "dtype": torch.float32, "dtype_unet": torch.float32,
         "fp8": False,
     },
+    "modules/lowvram.py": {"module_in_gpu": None},
     "modules/sd_hijack.py": {"model_hijack": StableDiffusionModelHijack(), "optimizers": optimizers},
     "modules/sd_unet.py": {"current_unet": None},
 }  # fmt: skip
@@ -540,6 +549,7 @@ STANDS_FOR: dict[str, tuple[Any, ...]] = {  # file of the webui -> classes and f
     "modules/call_queue.py": (wrap_gradio_gpu_call,),
     "modules/devices.py": (autocast,),
     "modules/extra_networks.py": (ExtraNetworkParams, parse_prompt),
+    "modules/lowvram.py": (send_everything_to_cpu,),
     "modules/options.py": (OptionInfo, Options),
     "modules/processing.py": (
         StableDiffusionProcessing, StableDiffusionProcessingTxt2Img, Processed, txt2img_image_conditioning,

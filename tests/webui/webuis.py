@@ -94,7 +94,6 @@ class A1111:
 
         return {
             "old emphasis": changed(shared.opts, "use_old_emphasis_implementation", True),
-            "medvram": changed(shared.sd_model, "lowvram", True),
             "fp8": changed(devices, "fp8", True),
         }
 
