@@ -21,6 +21,7 @@ from lib_estimate.hosts.base import Host, ModelInfo, Network, Session
 from lib_estimate.learn.count import starting_vectors
 from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.learn.learning import Run, learn
+from lib_estimate.learn.needs import Case
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
 from lib_estimate.report.fidelity import Fidelity, exact, measure, report_sentences
 from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Use
@@ -78,6 +79,7 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
             start, counts = initial_vectors(request, session), {}
             run, chosen = Run(start, [], [], "the start is exact"), ()
         else:
+            yield from _arrange(request, session, alone)
             materials = yield from materials_of(request, session, alone, cancel)
             bill.charge("recording")
             start, counts = yield from starting_vectors(request, session, materials, cancel)
@@ -167,6 +169,17 @@ def _notes(request: EstimateRequest, session: Session) -> Iterator[Note]:
     notes = dict.fromkeys(note for text in texts if text for note in session.notes(text))
     for text in [*notes, *([shadow] if shadow else [])]:
         yield Note(text)
+
+
+def _arrange(request: EstimateRequest, session: Session, alone: Target) -> Iterator[Note]:
+    """Shares out the device's memory, before anything needs much of it."""
+    steady = alone.single() is not None
+    way = Case(request, session.info, session.room(), alone.composed(), steady).way()
+    session.offload(way.mode)
+    if way.recompute:
+        session.save_memory()
+    if way.note:
+        yield Note(way.note)
 
 
 def fitting_vectors(embedding: Embedding, info: ModelInfo) -> Vectors:

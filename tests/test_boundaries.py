@@ -21,7 +21,7 @@ ORDER = (
     "learn", "learn.initial", "learn.registry", "learn.plan", "learn.objectives", "learn.objectives.base",
     "learn.objectives.hidden_state", "learn.objectives.cross_attention", "learn.objectives.sketch",
     "learn.objectives.denoising", "learn.fit",
-    "learn.learning", "learn.count",
+    "learn.learning", "learn.count", "learn.needs",
     "job",
     "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab",
     "interfaces.show", "interfaces.cli",

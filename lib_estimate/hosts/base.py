@@ -49,13 +49,13 @@ class Room:
     switches: Mapping[Offload, str]  # how the user sets another mode, in the host's own words
 
     def taken(self, mode: Offload, networks: Iterable[Network]) -> int:
-        """What the weights take while only these networks are needed."""
+        """What the weights take while only these networks are needed, but for the one block that runs."""
         if mode is Offload.OFF:
             networks = (Network.TEXT, Network.UNET, Network.VAE)
         sizes = dict(self.weights)
         if Network.UNET in networks:
             if mode is Offload.BLOCKS:
-                sizes[Network.UNET] = self.outside + self.block
+                sizes[Network.UNET] = self.outside
             else:
                 sizes[Network.ATTENTION] = 0
         return sum(sizes[network] for network in networks)

@@ -73,7 +73,9 @@ def sensitivity(
         with torch.enable_grad():
             eps = predict_noise(x, timestep, Conditioning(hidden, pooled))
             layers = range(len(modules))
-            inputs = [*(left[layer] for layer in layers), *([] if pooled is None else [pooled])]
+            # The text's own gradient is asked for, too: what is computed again for it, with copies of weights where
+            # they come and go, would otherwise stay until the end.
+            inputs = [*(left[layer] for layer in layers), hidden, *([] if pooled is None else [pooled])]
             gradients = torch.autograd.grad((eps * probe).sum(), inputs)
     finally:
         for handle in handles:

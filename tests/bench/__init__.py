@@ -6,7 +6,7 @@
     cost.py        what one step costs and where, also on a full-size model
     projection.py  what a whole estimate costs, from what it runs and what that costs
     full_size.py   models of Stable Diffusion 1's and XL's size with random weights
-    memory.py      what each objective keeps in memory and calculates at full size, without such a machine
+    memory.py      what each part needs on the card and calculates at full size, without such a machine
     predicts.py    which number predicts the finished picture
     __main__.py    arguments, tables, JSON
 

@@ -1,4 +1,4 @@
-"""What each objective keeps in memory for its gradient, on models of full size: `python -m tests.bench.memory`.
+"""What each part of a run needs on the card, on models of full size: `python -m tests.bench.memory`.
 
 Counted on PyTorch's meta device, where tensors have a size and no content, so it needs neither a GPU nor the memory.
 Attention counts as fused (sdp, xformers): it keeps what goes in and comes out, not the attention matrix. What each
@@ -7,27 +7,33 @@ calculates is counted in the same way, for `python -m tests.bench --random-full-
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as meta_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts import denoising
-from lib_estimate.hosts.base import Conditioning, StepConditioning
+from lib_estimate.hosts.base import Conditioning, Network, StepConditioning
+from lib_estimate.hosts.placement import Placement
 from lib_estimate.hosts.standalone import StandaloneSession
 from lib_estimate.learn import plan
 from lib_estimate.learn.learning import Judged, Lessons
 from lib_estimate.learn.objectives.base import Objective
 from lib_estimate.learn.objectives.denoising import Denoising
-from lib_estimate.learn.objectives.sketch import Sketch, Sketched, SketchInSentences
-from lib_estimate.request import EstimateRequest, Part, Use
+from lib_estimate.learn.objectives.sketch import Sketched, SketchInSentences
+from lib_estimate.learn.plan import Goal
+from lib_estimate.request import EstimateRequest, Offload, Part, Use
 from lib_estimate.target.bank import Bank
 from lib_estimate.target.queries import Queries
 from lib_estimate.target.recording import Material, checks, recording
@@ -36,6 +42,7 @@ from tests.bench.cost import ATTENTION, KINDS, SENTENCES, SKETCH, UNET, default_
 from tests.bench.full_size import SIDE, random_host
 
 GIB = 2**30
+MODES = (Offload.OFF, Offload.NETWORKS, Offload.BLOCKS)
 VECTORS = 20
 REQUEST = EstimateRequest(prompt="a red circle", name="memory")
 
@@ -55,58 +62,33 @@ class Fused(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-class Kept:
-    """Bytes kept for a gradient while it is entered, weights left out; each tensor counts once."""
+class Peak(TorchDispatchMode):
+    """Bytes of the tensors that are made while it is entered, at the most at once; views count once."""
 
-    def __init__(self, weights: list[nn.Module]) -> None:
-        self.ignored = {p.untyped_storage()._cdata for network in weights for p in network.parameters()}
-        self.seen: dict[int, Tensor] = {}  # the tensors themselves, so that no address is used again
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: dict[int, weakref.ref] = {}
 
-    def _keep(self, tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage()._cdata
-        if place not in self.ignored:
-            self.seen[place] = tensor
-        return tensor
-
-    def __enter__(self) -> Kept:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *given: Any) -> None:
-        self._hooks.__exit__(*given)
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.seen.values())
-
-
-def kept(session: StandaloneSession, run: Callable[[], Tensor]) -> int:
-    with Kept(list(session.parts.networks())) as count:
-        run()
-    return count.bytes
-
-
-def recomputed(session: StandaloneSession, run: Callable[[], Tensor]) -> int:
-    """With activations computed again: what enters every block, what is kept outside of them, and the largest block."""
-    entering, largest = 0, 0
-
-    def counted(forward: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
-        nonlocal entering, largest
-        inputs = [t for t in (*given, *named.values()) if isinstance(t, Tensor)]
-        entering += inputs[0].nbytes  # the timestep and the text are the same for all
-        with Kept([session.parts.unet]) as inside:
-            out = forward(*given, **named)
-        largest = max(largest, inside.bytes)
+    def __torch_dispatch__(self, call: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = call(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage(), args)
         return out
 
-    with mock.patch.object(denoising.Recomputed, "_run", staticmethod(counted)):
-        blocks = denoising.Recomputed(session.parts.unet)
-        try:
-            outside = kept(session, run)
-        finally:
-            blocks.restore()
-    return outside + entering + largest
+    def _see(self, storage: torch.UntypedStorage, args: tuple) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        given = (tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor))
+        if place in self._known or any(tensor.untyped_storage()._cdata == place for tensor in given):
+            return  # a view, of what may have been there before
+        self._known[place] = weakref.ref(storage, partial(self._gone, place, size))
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def _gone(self, place: int, size: int, _: weakref.ref) -> None:
+        del self._known[place]
+        self.now -= size
 
 
 def objectives(session: StandaloneSession, family: str) -> dict[str, Judged]:
@@ -168,31 +150,119 @@ def on_meta(family: str) -> Iterator[StandaloneSession]:
 # ---- memory -------------------------------------------------------------------------------------------------------
 
 
-def measure(family: str) -> None:
+class Phase(NamedTuple):
+    """Something a run does: what has to be on the device for it, and what lies there besides, in bytes."""
+
+    networks: tuple[Network, ...]
+    run: Callable[[], Any]
+    recorded: int = 0
+
+
+def phases(session: StandaloneSession, family: str) -> dict[str, Phase]:
+    """What any run consists of, each with as little at once as it goes down to where memory is short."""
+    vectors, judged = vectors_of(session), objectives(session, family)
+    noise, x = judged[UNET][0], judged[UNET][0].bank.x
+    together, noise.at_once = noise.at_once, 1
+    given, timestep, probe = noise.target.single(), noise.bank.timestep, torch.empty_like(x[:1])
+
+    @torch.no_grad()
+    def forward(count: int) -> None:
+        session.predict_noise(x[:count], timestep[:count], given)
+
+    def learning(name: str, at_once: int = 1) -> Callable[[], None]:
+        return lambda: _first(judged[name][0], vectors, at_once)
+
+    def sketch() -> None:
+        session.sensitivity(x[:1], timestep[:1], given, probe)
+
+    @torch.no_grad()
+    def decode() -> None:
+        session.placement.bring(Network.VAE)
+        session.parts.vae.decode(x[:1].to(session.dtype))
+
+    sketches = {name: stored(judged[name][0].recorded) for name in (SKETCH, SENTENCES)}
+    polish, unet = plan.NETWORKS[Goal.NOISE_AND_SKETCH], plan.NETWORKS[Goal.NOISE]
+    several = {f"unet, {together} at once": Phase(unet, learning(UNET, together))} if together > 1 else {}
+    return {
+        "recording": Phase((Network.UNET,), lambda: forward(recording(REQUEST).count)),
+        "sketching": Phase((Network.UNET,), sketch, max(sketches.values())),
+        "transformer": Phase(plan.NETWORKS[Goal.HIDDEN_STATES], learning("transformer")),
+        ATTENTION: Phase(plan.NETWORKS[Goal.CROSS_ATTENTION], learning(ATTENTION)),
+        SKETCH: Phase(plan.NETWORKS[Goal.SKETCH], learning(SKETCH), sketches[SKETCH]),
+        SENTENCES: Phase(plan.NETWORKS[Goal.SKETCH], learning(SENTENCES), sketches[SENTENCES]),
+        UNET: Phase(unet, learning(UNET)),
+        **several,
+        "polish": Phase(polish, learning(UNET), sketches[SKETCH]),
+        "report": Phase((Network.UNET,), lambda: forward(REQUEST.images)),
+        "decoding": Phase((Network.VAE,), decode),
+    }
+
+
+def _first(objective: Objective, vectors: Vectors, at_once: int) -> None:
+    """The first of an evaluation's losses with its gradient."""
+    if isinstance(objective, Denoising):
+        objective.at_once = at_once
+    drawn = objective.draw(torch.Generator(), fixed=not isinstance(objective, SketchInSentences))
+    next(iter(objective.losses(vectors, drawn))).backward()
+
+
+WITH_GRADIENT = ("sketching", UNET, "polish")  # through the U-Net: what recomputing activations makes smaller
+PARTS = {  # what each part of a request goes through
+    "transformer": ("recording", "transformer", "report", "decoding"),
+    "cross-attention": ("recording", ATTENTION, "report", "decoding"),
+    "auto, anywhere": ("recording", "sketching", SENTENCES, "report", "decoding"),
+    "auto, whole": ("recording", "sketching", ATTENTION, SKETCH, "polish", "report", "decoding"),
+    "unet": ("recording", UNET, "report", "decoding"),
+}
+
+
+def needs(session: StandaloneSession, each: Phase, mode: Offload, *, recomputed: bool) -> int:
+    """Bytes on the device at the most."""
+    parts = session.parts
+    text = [encoder.model for encoder in parts.text_encoders]
+    session.placement = Placement(text, parts.unet, parts.vae, session.info.device, mode)
+    there = session.room().taken(mode, ()) if mode is Offload.OFF else 0
+    try:
+        if recomputed:
+            session.save_memory()
+        with Peak() as peak:
+            session.place(*each.networks)
+            each.run()
+    finally:
+        session.placement.end()
+    return there + each.recorded + peak.most
+
+
+def counted(family: str) -> dict[tuple[str, Offload, bool], int]:
+    """Bytes by phase, mode and whether activations are recomputed."""
     fused = mock.patch.object(
         nn.functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: Fused.apply(q, k, v)
     )
+    found = {}
     with on_meta(family) as session, fused:
-        networks = session.parts.networks()
-        weights = {type(n).__name__: sum(p.nbytes for p in n.parameters()) / GIB for n in networks}
-        print(f"{family}, float16, {SIDE[family]} x {SIDE[family]} latents; GiB")
-        print("  weights: " + ", ".join(f"{name} {size:.2f}" for name, size in weights.items()))
-        vectors = vectors_of(session)
-        for name, (objective, _) in objectives(session, family).items():
-            drawn = objective.draw(torch.Generator(), fixed=not isinstance(objective, SketchInSentences))
+        for name, each in phases(session, family).items():
+            for mode in MODES:
+                for recomputed in (False, True) if name.startswith(WITH_GRADIENT) else (False,):
+                    found[name, mode, recomputed] = needs(session, each, mode, recomputed=recomputed)
+    return found
 
-            def first(objective: Objective = objective, drawn: Any = drawn) -> Tensor:
-                return next(iter(objective.losses(vectors, drawn)))
 
-            print(f"  {name}: {kept(session, first) / GIB:.2f}")
-            if isinstance(objective, Sketch | SketchInSentences):
-                size = f"{stored(objective.recorded) / GIB:.2f} of {len(objective.recorded.given)} latents"
-                print(f"  {name}, recorded at --memory {REQUEST.memory:g}: {size}")
-            if isinstance(objective, Denoising):
-                print(f"  {name} takes {objective.at_once} at once")
-                objective.at_once = 1
-                print(f"  {name}, one latent at a time: {kept(session, first) / GIB:.2f}")
-                print(f"  {name}, activations computed again: {recomputed(session, first) / GIB:.2f}")
+def measure(family: str) -> None:
+    """Prints what each phase and each part needs."""
+    found = counted(family)
+    print(f"{family}, float16, {SIDE[family]} x {SIDE[family]} latents; GB (2^30 bytes) on the card at the most")
+    print(f"  {'':40}" + "".join(f"{mode.value:>10}" for mode in MODES))
+    for name, recomputed in dict.fromkeys((name, recomputed) for name, _, recomputed in found):
+        said = name + (", activations recomputed" if recomputed else "")
+        print(f"  {said:40}" + "".join(f"{found[name, mode, recomputed] / GIB:10.2f}" for mode in MODES))
+    print("  parts, with the way that needs least")
+    for part, names in PARTS.items():
+        for recomputed in (False, True):
+            if recomputed and not set(names) & set(WITH_GRADIENT):
+                continue
+            most = [max(found[n, mode, recomputed and n in WITH_GRADIENT] for n in names) for mode in MODES]
+            said = part + (", activations recomputed" if recomputed else "")
+            print(f"  {said:40}" + "".join(f"{size / GIB:10.2f}" for size in most))
 
 
 def stored(sketched: Sketched) -> int:
