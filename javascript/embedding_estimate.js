@@ -3,12 +3,19 @@
 // ours and the prompt it is asked to fill.
 
 const embeddingEstimateTask = "embedding_estimate_task_id";
+let embeddingEstimateLeaving = false;
+window.addEventListener("beforeunload", () => {
+    embeddingEstimateLeaving = true;
+});
 
 function embeddingEstimateFollow(id, patience) {
     const bar = gradioApp().getElementById("embedding_estimate_progress");
     const preview = gradioApp().getElementById("embedding_estimate_preview");
     const results = gradioApp().getElementById("embedding_estimate_results").classList;
     const atEnd = () => {
+        if (embeddingEstimateLeaving) { // the page gives up its requests, the run goes on
+            return;
+        }
         localRemove(embeddingEstimateTask);
         results.remove("running");
     };
