@@ -13,7 +13,9 @@ function embeddingEstimateFollow(id, patience) {
     const preview = gradioApp().getElementById("embedding_estimate_preview");
     const results = gradioApp().getElementById("embedding_estimate_results").classList;
     const atEnd = () => {
-        if (embeddingEstimateLeaving) { // the page gives up its requests, the run goes on
+        // The page gives up its requests when it is closed, though the run goes on; and the end of a run may be
+        // noticed when the next one has begun already.
+        if (embeddingEstimateLeaving || ![id, null].includes(localGet(embeddingEstimateTask))) {
             return;
         }
         localRemove(embeddingEstimateTask);
