@@ -85,7 +85,7 @@ class WebuiSession(Placed):
         self._image_conditionings: dict[tuple[int, ...], Tensor] = {}
         self._told_sizes: dict[tuple[int, ...], Tensor] = {}
         self._recomputed: denoising.Recomputed | None = None
-        self.placement = Placement([], self.unet, model.first_stage_model, devices.device, Offload.OFF)
+        self.placement = Placement([], self.unet, nn.Module(), devices.device, Offload.OFF)  # moves nothing yet
         self.forwards = 0
 
     def _info(self) -> ModelInfo:
