@@ -145,6 +145,7 @@ class WebuiSession(Placed, WebuiText):
         shape = tuple(x.shape[1:])
         if shape not in self._extra:
             height, width = (side * self.info.latent_scale for side in x.shape[-2:])
+            self.placement.bring(Network.VAE)
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 made = self.model.image_conditioning(x[:1].detach(), width, height)

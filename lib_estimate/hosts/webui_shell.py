@@ -97,7 +97,8 @@ class WebuiShell:
 
         if not family().counts_tokens():
             return UNKNOWN
-        return re.sub("<[^>]+>", "", ui.update_token_counter(text, steps, [], is_positive=not negative))
+        counted = re.sub("<[^>]+>", "", ui.update_token_counter(text, steps, [], is_positive=not negative))
+        return UNKNOWN if UNKNOWN in counted else counted
 
     def send_buttons(self) -> Sequence[str]:
         return ("txt2img", "img2img")
