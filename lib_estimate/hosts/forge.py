@@ -92,7 +92,7 @@ class ForgeModel:
     def lent(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(self._as_for_a_generation())
-            memory_management.load_models_gpu(list(self.patchers))
+            self._load()
             self._views.put()
             stack.callback(self._views.take)
             stack.enter_context(frozen(self._views.networks))
@@ -100,7 +100,10 @@ class ForgeModel:
             try:
                 yield
             except RuntimeError as error:
-                raise self._unlearnable(error) or error from error
+                said = self._unlearnable(error)
+                if said is None:
+                    raise
+                raise said from error
 
     @contextmanager
     def _as_for_a_generation(self) -> Iterator[None]:
@@ -129,10 +132,15 @@ class ForgeModel:
     def returned(self) -> Iterator[None]:
         self._views.take()
         try:
-            yield
+            with torch.inference_mode():
+                yield
         finally:
-            memory_management.load_models_gpu(list(self.patchers))
+            self._load()
             self._views.put()
+
+    @torch.inference_mode()  # as the webui: weights made in it and moved outside of it can't even be multiplied
+    def _load(self) -> None:
+        memory_management.load_models_gpu(list(self.patchers))
 
     def alphas_cumprod(self) -> Tensor:
         return (1 / (self._sigmas.float().square() + 1)).to(self.device)

@@ -124,12 +124,11 @@ class PatchedModel(WebuiModel):
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        from ldm_patched.modules import model_management
         from modules_forge import forge_clip
 
         move = forge_clip.move_clip_to_gpu
         with ExitStack() as stack:
-            model_management.load_models_gpu(list(self.patchers))
+            self._load()
             self._views.put()
             stack.callback(self._views.take)
             stack.enter_context(frozen([*self._views.networks]))
@@ -141,14 +140,19 @@ class PatchedModel(WebuiModel):
 
     @contextmanager
     def returned(self) -> Iterator[None]:
-        from ldm_patched.modules import model_management
-
         self._views.take()
         try:
-            yield
+            with torch.inference_mode():
+                yield
         finally:
-            model_management.load_models_gpu(list(self.patchers))
+            self._load()
             self._views.put()
+
+    @torch.inference_mode()  # as the webui: weights made in it and moved outside of it can't even be multiplied
+    def _load(self) -> None:
+        from ldm_patched.modules import model_management
+
+        model_management.load_models_gpu(list(self.patchers))
 
     def network_output(
         self, x: Tensor, timestep: Tensor, hidden: Tensor, vector: Tensor | None, extra: Tensor | None
