@@ -126,7 +126,8 @@ class Recomputed:
     def _run(forward: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(*given, **named)
-        return checkpoint(forward, *given, use_reentrant=False, **named)
+        # Of a clone: in Forge a block adds to its own input, and would be run again from what it had made of it.
+        return checkpoint(lambda x, *rest: forward(x.clone(), *rest, **named), *given, use_reentrant=False)
 
     def restore(self) -> None:
         for block, before in zip(self.blocks, self.before, strict=True):

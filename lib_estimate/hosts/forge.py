@@ -105,7 +105,10 @@ class ForgeModel:
             try:
                 yield
             except RuntimeError as error:
-                raise self._unlearnable(error) or error from error
+                said = self._unlearnable(error)
+                if said is None:
+                    raise
+                raise said from error
 
     @contextmanager
     def _as_for_a_generation(self) -> Iterator[None]:
@@ -130,13 +133,15 @@ class ForgeModel:
             f"({error}). Set Diffusion in Low Bits to Automatic, or choose a checkpoint that is not quantised."
         )
 
+    @torch.inference_mode()  # as the webui: weights made in it and moved outside of it can't even be multiplied
     def _load(self, needed: Mapping[Network, bool]) -> None:
         memory_management.load_models_gpu([self._patchers[network] for network in needed if needed[network]])
 
     @contextmanager
     def returned(self) -> Iterator[None]:
         self.placement.leave()
-        yield
+        with torch.inference_mode():
+            yield
 
     def alphas_cumprod(self) -> Tensor:
         return (1 / (self._sigmas.float().square() + 1)).to(self.device)

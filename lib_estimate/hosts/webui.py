@@ -177,6 +177,7 @@ class PatchedModel(WebuiModel):
             stack.callback(partial(setattr, forge_clip, "move_clip_to_gpu", move))
             yield
 
+    @torch.inference_mode()  # as the webui: weights made in it and moved outside of it can't even be multiplied
     def _load(self, needed: Mapping[Network, bool]) -> None:
         from ldm_patched.modules import model_management
 
@@ -185,7 +186,8 @@ class PatchedModel(WebuiModel):
     @contextmanager
     def returned(self) -> Iterator[None]:
         self.placement.leave()
-        yield
+        with torch.inference_mode():
+            yield
 
     def network_output(
         self, x: Tensor, timestep: Tensor, hidden: Tensor, vector: Tensor | None, extra: Tensor | None

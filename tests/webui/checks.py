@@ -1,17 +1,15 @@
 """What must hold inside the webui's process, one function each.
 
-They run in a real webui, called through a route of an extension the tests add to it, and over the stand-in where there
-is none. A check raises AssertionError, or returns figures.
+They run in a real webui, called through a route of an extension the tests add to it, and over the stand-ins where there
+is none. A check raises AssertionError, or returns figures. Those of the webuis' traps are in checks_traps.py.
 """
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,9 +28,10 @@ from lib_estimate.learn.objectives.cross_attention import CrossAttention
 from lib_estimate.learn.objectives.denoising import Denoising
 from lib_estimate.learn.objectives.hidden_state import HiddenState
 from lib_estimate.progress import Cancel, Interrupted, Note, StepReport
-from lib_estimate.request import EstimateRequest, Part, Use
+from lib_estimate.request import Part
 from lib_estimate.target.target import build_target
-from tests.webui import webuis
+from tests.webui import checks_traps, webuis
+from tests.webui.runs import outcome, picture, raised, request, unchanged_host
 from tests.webui.webuis import changed
 
 PROMPTS = (
@@ -46,49 +45,6 @@ PROMPTS = (
     "a (large:0.7) red circle, " * 20,
 )
 STEPS = 10
-PICTURE = {"steps": 4, "seed": 7}
-
-
-def request(**changes: Any) -> EstimateRequest:
-    """A short request on small latents, into a folder of its own."""
-    base = EstimateRequest(
-        prompt="(red:1.6) circle", name="webui-check", out=tempfile.mkdtemp(), use=Use.WHOLE, part=Part.CROSS_ATTENTION,
-        steps=3, sampling_steps=4, trajectories=1, images=0, seed=1, sentence=("a photo of {}",), width=64, height=64,
-    )  # fmt: skip
-    return replace(base, **changes)
-
-
-def outcome(made: EstimateRequest, cancel: Cancel | None = None, see: Callable = lambda _: None) -> job.Outcome:
-    for progress in job.estimate(made, WebuiHost(locked=False), cancel):
-        see(progress)
-    return progress
-
-
-def picture(prompt: str, negative: str = "") -> torch.Tensor:
-    """Pixels `[H, W, 3]` of the webui's own txt2img."""
-    import numpy as np
-    from modules import call_queue, processing, shared
-
-    model = shared.sd_model
-    p = processing.StableDiffusionProcessingTxt2Img(
-        sd_model=model, prompt=prompt, negative_prompt=negative, width=128, height=128, cfg_scale=5.0,
-        sampler_name="Euler", do_not_save_samples=True, do_not_save_grid=True, **PICTURE,
-    )  # fmt: skip
-    with call_queue.queue_lock:
-        shared.state.begin(job="check")
-        try:
-            return torch.from_numpy(np.asarray(processing.process_images(p).images[0]).copy())
-        finally:
-            shared.state.end()
-
-
-def raised(kind: type[Exception], use: Callable[[], Any]) -> str:
-    """What the error of this kind says that `use` must end with."""
-    try:
-        use()
-    except kind as error:
-        return str(error)
-    raise AssertionError(f"no {kind.__name__}")
 
 
 # ---- the target ---------------------------------------------------------------------------------------------------
@@ -279,42 +235,6 @@ def check_a_card_is_replaced_only_where_asked() -> dict[str, Any]:
 # ---- the host afterwards ------------------------------------------------------------------------------------------
 
 
-def fingerprint() -> dict[str, Any]:
-    """All of the host's that a run could leave changed."""
-    from modules import shared
-
-    this, digest = webuis.this(), hashlib.sha256()
-    networks, databases = this.networks(), this.databases()
-    modules = [module for network in networks for module in network.modules()]
-    parameters = [parameter for network in networks for parameter in network.parameters()]
-    for network in networks:
-        for name, tensor in sorted(network.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return {
-        "weights": digest.hexdigest(),
-        "tensors": this.tensors(),
-        "training": [m.training for m in modules],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules],
-        "gradients": [p.is_leaf and not p.is_inference() and p.grad is not None for p in parameters],
-        "options": dict(shared.opts.data),
-        "embeddings": [sorted(database.word_embeddings) for database in databases],
-        "lookup": [{key: [ids for ids, _ in rows] for key, rows in d.ids_lookup.items()} for d in databases],
-        **this.left_behind(),
-    }
-
-
-@contextmanager
-def unchanged_host() -> Iterator[None]:
-    """The host is as before, and a generation gives the same pixels."""
-    drawn = picture("a (red:1.4) circle, blue background", "a square")
-    before = fingerprint()  # after the picture: libraries put in hooks of their own at the first use
-    yield
-    gc.collect()
-    after = fingerprint()
-    assert before == after, [key for key in before if before[key] != after[key]]
-    assert torch.equal(drawn, picture("a (red:1.4) circle, blue background", "a square"))
-
-
 def check_a_run_holds_the_queue() -> dict[str, Any]:
     """Nothing else of the webui's runs beside it, and afterwards everything may."""
     from modules import call_queue
@@ -441,5 +361,8 @@ def check_an_embedding_of_another_model_is_said_before_the_run() -> dict[str, An
 
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
-    name.removeprefix("check_"): function for name, function in list(globals().items()) if name.startswith("check_")
+    name.removeprefix("check_"): function
+    for file in (globals(), vars(checks_traps))
+    for name, function in list(file.items())
+    if name.startswith("check_")
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from lib_estimate.hosts.webui_session import WebuiSession
 
 @contextmanager
 def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
+    before = vars(owner).get(name, getattr(owner, name))  # a method as it is written: static or not
     setattr(owner, name, value)
     try:
         yield
@@ -25,6 +28,10 @@ def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 class A1111:
     """AUTOMATIC1111's webui."""
+
+    rereads = True  # the embeddings folder, when it makes a picture
+    remembers_names = False  # of the embeddings in a text until the next picture, whoever had it encoded
+    names_weights = False  # it has formats of weights that nothing can be learnt through, and a run says which
 
     def loaded(self) -> Any:
         from modules import shared
@@ -97,6 +104,14 @@ class A1111:
             "fp8": changed(devices, "fp8", True),
         }
 
+    def without_model(self) -> dict[str, AbstractContextManager]:
+        """States without a model, put in place, from which a run loads the chosen checkpoint."""
+        return {}
+
+    def after_another_error(self) -> AbstractContextManager[bool]:
+        """An error of another job is the last that the webui has seen, if it remembers one."""
+        return nullcontext(False)
+
 
 class Patched(A1111):
     """reForge and Forge Classic: A1111's shape, with networks in the hands of a memory management."""
@@ -125,6 +140,17 @@ class Patched(A1111):
 
 class Forge(Patched):
     """Forge and Forge Neo."""
+
+    rereads, names_weights = False, True
+
+    @property
+    def remembers_names(self) -> bool:
+        from backend.text_processing import classic_engine
+
+        return hasattr(classic_engine, "last_extra_generation_params")
+
+    def loaded(self) -> Any:
+        return family().loaded().model  # before first use there is none
 
     def networks(self) -> list[nn.Module]:
         objects = self.loaded().forge_objects
@@ -155,6 +181,48 @@ class Forge(Patched):
 
     def refused(self) -> dict[str, AbstractContextManager]:
         return {"another family": changed(self.loaded(), "is_sd1", False)} if self.loaded().is_sd1 else {}
+
+    def without_model(self) -> dict[str, AbstractContextManager]:
+        return {"before first use": _before_first_use(), "after a failed load": _after_a_failed_load()}
+
+    def after_another_error(self) -> AbstractContextManager[bool]:
+        return _after_another_error()
+
+
+@contextmanager
+def _before_first_use() -> Iterator[None]:
+    from modules import sd_models
+
+    sd_models.model_data.sd_model, sd_models.model_data.forge_hash = sd_models.FakeInitialModel(), ""
+    yield
+
+
+@contextmanager
+def _after_a_failed_load() -> Iterator[None]:
+    """A damaged file was chosen, and then the checkpoint from before again."""
+    from modules import sd_models
+
+    data, file = sd_models.model_data, Path(tempfile.mkdtemp()) / "damaged.safetensors"
+    file.write_bytes(b"no weights at all")
+    before = data.forge_loading_parameters
+    data.forge_loading_parameters = {**before, "checkpoint_info": SimpleNamespace(filename=str(file))}
+    try:
+        sd_models.forge_model_reload()
+    except Exception:  # noqa: BLE001 (whatever the webui says of such a file)
+        data.forge_loading_parameters = before
+    assert data.sd_model is None
+    yield
+
+
+@contextmanager
+def _after_another_error() -> Iterator[bool]:
+    try:
+        from modules_forge import main_thread
+    except ImportError:
+        yield False
+        return
+    with changed(main_thread, "last_exception", RuntimeError("of another job")):
+        yield True
 
 
 def _eps_by_sigma(inner: Any, sigma: Tensor, x: Tensor, given: Any) -> Tensor:
