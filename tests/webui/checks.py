@@ -15,12 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from lib_estimate import job
 from lib_estimate.errors import EstimateError
 from lib_estimate.files import reading, writing
 from lib_estimate.files.embedding import Embedding
+from lib_estimate.hosts import denoising
 from lib_estimate.hosts.family import family
 from lib_estimate.hosts.webui_session import WebuiHost, WebuiSession
 from lib_estimate.hosts.webui_shell import WebuiShell
@@ -163,6 +165,15 @@ def check_estimate() -> dict[str, Any]:
         "settings": settings, "file": str(done.path), "seconds": done.record["seconds"],
         "recovered": measured.recovered, "error": measured.error, "unweighted_error": measured.unweighted_error,
     }  # fmt: skip
+
+
+def check_short_run() -> dict[str, Any]:
+    """A few steps of every part: the caller compares the vectors with its own."""
+    settings = {"prompt": "a (red:1.6) circle", "seed": 1, "sampling_steps": 6, "steps": 4, "trajectories": 1}
+    settings |= {"images": 0, "width": 64, "height": 64}
+    parts = (Part.TRANSFORMER, Part.CROSS_ATTENTION, Part.UNET, Part.AUTO)
+    files = {part.value: str(outcome(request(**settings, part=part, sentence=())).path) for part in parts}
+    return {"settings": settings, "files": files}
 
 
 def check_every_attention_optimization_learns() -> dict[str, float]:
@@ -344,6 +355,42 @@ def check_lora_tags_are_left_out_and_said() -> dict[str, Any]:
     )
     assert any("<lora:some:0.8>" in note for note in notes), notes
     return {}
+
+
+def check_a_lora_of_the_last_picture_is_learnt_with() -> dict[str, Any]:
+    """It is active in the webui until a picture is made without it."""
+    from modules import extra_networks, shared
+
+    if "lora" not in extra_networks.extra_network_registry:
+        return {"loras": False}  # the stand-ins have none
+    import networks  # of the webui's own extension
+
+    layer = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_v"
+    with WebuiHost(locked=False).session() as session:
+        width = denoising.attention_modules(session.unet)[0].to_v.weight.shape
+    file = Path(shared.cmd_opts.lora_dir) / "checklora.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(size, generator=generator) for size in ((width[0], 4), (4, width[1])))
+    safetensors.torch.save_file(
+        {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down, f"{layer}.alpha": torch.tensor(4.0)}, file
+    )
+    try:
+        networks.list_available_networks()
+        usual = losses_of_a_run()
+        picture("a red circle <lora:checklora:1>")
+        active = losses_of_a_run()
+        picture("a red circle")
+        assert losses_of_a_run() == usual
+    finally:
+        file.unlink()
+        networks.list_available_networks()
+    assert abs(active[0] - usual[0]) > 0.01 * usual[0], (active, usual)
+    return {"loras": True, "usual": usual[0], "active": active[0]}
+
+
+def losses_of_a_run() -> list[float]:
+    return outcome(request(part=Part.UNET, steps=2, init="a blue square", optimizer="LBFGS")).losses
 
 
 def check_an_embedding_of_another_model_is_said_before_the_run() -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 from lib_estimate import job
 from lib_estimate.files import reading
 from lib_estimate.hosts.family import FAMILIES
-from lib_estimate.request import EstimateRequest, Use
+from lib_estimate.request import EstimateRequest, Part, Use
 from tests.small_models import small_model
 from tests.webui import standin, standin_forge
 from tests.webui.conftest import ROOT
@@ -100,6 +100,19 @@ if ROOT:  # not skipped one by one: conftest.py says it in one line
         assert here.recovered == pytest.approx(there["recovered"], abs=0.02)
         assert here.error == pytest.approx(there["error"], rel=0.05)
         assert here.unweighted_error == pytest.approx(there["unweighted_error"], rel=0.05)
+
+    def test_the_same_request_gives_the_same_vectors_there_and_here(real_host: RealHost, host, tmp_path) -> None:
+        """While a run is short: later, two of L-BFGS part ways in their last digits."""
+        there = real_host.run("short_run")
+        for part, file in there["files"].items():
+            request = EstimateRequest(
+                **there["settings"], part=Part(part), name=f"here-{part}", out=str(tmp_path), use=Use.WHOLE
+            )
+            *_, own = job.estimate(request, host)
+            pairs = zip(reading.load(Path(file)).vectors.values(), own.embedding.vectors.values(), strict=True)
+            apart = max((a - b).abs().max().item() for a, b in pairs)
+            print(f"{part}: the vectors differ by {apart:.1e} at the most")
+            assert apart < 1e-3, part
 
     # ---- names and signatures, read without importing anything ------------------------------------------------------
 
