@@ -13,6 +13,7 @@ ORDER = (
     "errors", "choices", "request", "progress",
     "prompt", "prompt.attention", "prompt.schedule", "prompt.chunks",
     "files", "files.embedding", "files.names", "files.reading", "files.writing",
+    "files.lists",
     "hosts", "hosts.base", "hosts.denoising", "hosts.placement", "hosts.layouts", "hosts.text_encoder",
     "hosts.checkpoint", "hosts.standalone", "hosts.lending", "hosts.webui_text", "hosts.webui", "hosts.forge",
     "hosts.family", "hosts.webui_session", "hosts.webui_shell",
