@@ -23,7 +23,7 @@ ORDER = (
     "learn.objectives.hidden_state", "learn.objectives.cross_attention", "learn.objectives.sketch",
     "learn.objectives.denoising", "learn.fit",
     "learn.learning", "learn.count", "learn.needs",
-    "job",
+    "job", "batch",
     "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab",
     "interfaces.show", "interfaces.cli",
     "__main__",
