@@ -25,7 +25,7 @@ ORDER = (
     "learn.learning", "learn.count", "learn.needs",
     "job", "batch",
     "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab",
-    "interfaces.show", "interfaces.cli",
+    "interfaces.show", "interfaces.many", "interfaces.cli",
     "__main__",
 )  # fmt: skip
 FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")
