@@ -24,8 +24,8 @@ ORDER = (
     "learn.objectives.denoising", "learn.fit",
     "learn.learning", "learn.count", "learn.needs",
     "job", "batch",
-    "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab",
-    "interfaces.show", "interfaces.many", "interfaces.cli",
+    "interfaces", "interfaces.view", "interfaces.fields", "interfaces.markup", "interfaces.tab_batch", "interfaces.tab",
+    "interfaces.standalone_tab", "interfaces.show", "interfaces.many", "interfaces.cli",
     "__main__",
 )  # fmt: skip
 FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")
@@ -42,7 +42,13 @@ ONLY_IN = {
     "backend": ("hosts.forge",),
     "ldm_patched": ("hosts.webui",),
     "diffusers": ("hosts.checkpoint", "hosts.standalone"),
-    "gradio": ("hosts.webui_shell", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab"),
+    "gradio": (
+        "hosts.webui_shell",
+        "interfaces.fields",
+        "interfaces.tab_batch",
+        "interfaces.tab",
+        "interfaces.standalone_tab",
+    ),
     "matplotlib": ("report.plots",),
 }
 LONGEST = 460  # lines: a file beyond that does more than one job

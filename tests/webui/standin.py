@@ -582,6 +582,7 @@ def install(model: Path) -> None:
         made.__dict__.update({member.__name__: member for member in members}, **VALUES.get(file, {}))
         setattr(package, name, made)
     hijack = VALUES["modules/sd_hijack.py"]["model_hijack"]
+    shared.prompt_styles = SimpleNamespace(styles={})
     shared.opts, shared.state = Options(**OPTIONS), State()
     shared.cmd_opts = SimpleNamespace(embeddings_dir=tempfile.mkdtemp())
     shared.sd_model = WebuiSdModel(checkpoint.load(model, torch.float32), hijack).eval()
