@@ -13,6 +13,7 @@ ORDER = (
     "errors", "choices", "request", "progress",
     "prompt", "prompt.attention", "prompt.schedule", "prompt.chunks",
     "files", "files.embedding", "files.names", "files.reading", "files.writing",
+    "files.lists",
     "hosts", "hosts.base", "hosts.denoising", "hosts.placement", "hosts.layouts", "hosts.text_encoder",
     "hosts.checkpoint", "hosts.standalone", "hosts.lending", "hosts.webui_text", "hosts.webui", "hosts.forge",
     "hosts.family", "hosts.webui_session", "hosts.webui_shell",
@@ -22,9 +23,9 @@ ORDER = (
     "learn.objectives.hidden_state", "learn.objectives.cross_attention", "learn.objectives.sketch",
     "learn.objectives.denoising", "learn.fit",
     "learn.learning", "learn.count", "learn.needs",
-    "job",
-    "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab",
-    "interfaces.show", "interfaces.cli",
+    "job", "batch",
+    "interfaces", "interfaces.view", "interfaces.fields", "interfaces.markup", "interfaces.tab_batch", "interfaces.tab",
+    "interfaces.standalone_tab", "interfaces.show", "interfaces.many", "interfaces.cli",
     "__main__",
 )  # fmt: skip
 FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")
@@ -41,7 +42,13 @@ ONLY_IN = {
     "backend": ("hosts.forge",),
     "ldm_patched": ("hosts.webui",),
     "diffusers": ("hosts.checkpoint", "hosts.standalone"),
-    "gradio": ("hosts.webui_shell", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab"),
+    "gradio": (
+        "hosts.webui_shell",
+        "interfaces.fields",
+        "interfaces.tab_batch",
+        "interfaces.tab",
+        "interfaces.standalone_tab",
+    ),
     "matplotlib": ("report.plots",),
 }
 LONGEST = 460  # lines: a file beyond that does more than one job

@@ -13,6 +13,8 @@ from lib_estimate.files.embedding import EMBEDDING_SUFFIXES, FORMATS
 
 MAX_NAME_BYTES = 128  # with ".safetensors" or ".preview.png" still below the 143 of an encrypted Linux home
 
+LEFT_FOR_ENDINGS = 8  # such as -neg, which is put behind a cleaned name
+
 FORBIDDEN_BY_FILES = '<>:"/\\|?*'
 FORBIDDEN_BY_PROMPTS = ",()[]#"  # `:`, `<`, `|` and the backslash are refused by file systems already
 PROMPT_WORDS = re.compile(r"\b(AND|BREAK)\b")
@@ -66,6 +68,21 @@ def _prompt_problem(name: str) -> str | None:
     return None
 
 
+def cleaned(name: str) -> str:
+    """The nearest name that can be used; "" where nothing is left of it."""
+    name = unicodedata.normalize("NFC", name)
+    bad = set(FORBIDDEN_BY_FILES + FORBIDDEN_BY_PROMPTS)
+    plain = "".join("/" if c in bad or unicodedata.category(c) in INVISIBLE else c for c in name)
+    plain = re.sub(r"\s*/[\s/]*", "-", plain)  # whatever stood between two words
+    plain = PROMPT_WORDS.sub(lambda word: word[0].lower(), plain).strip(" .-")
+    stem, dot, ending = plain.rpartition(".")
+    if f".{ending.lower()}" in (*EMBEDDING_SUFFIXES, ".preview") and dot:
+        plain = f"{stem}-{ending}"
+    if DEVICE_NAME.fullmatch(plain):
+        plain = f"style-{plain}"
+    return plain.encode()[: MAX_NAME_BYTES - LEFT_FOR_ENDINGS].decode(errors="ignore").strip(" .-")
+
+
 def shadowed_word(name: str, encode: Callable[[str], list[int]], common_below: int = 48_000) -> str | None:
     """A warning if the name is a word that prompts use, else None.
 
@@ -96,14 +113,15 @@ def find_existing(folder: Path, name: str) -> Path | None:
 
     Case doesn't count: to Windows it makes no difference, and neither does it to the tokens webuis match names by.
     """
-    wanted = _folded(name)
+    wanted = folded(name)
     for path in _files_below(Path(folder)):
-        if path.suffix.lower() in EMBEDDING_SUFFIXES and _folded(path.stem) == wanted:
+        if path.suffix.lower() in EMBEDDING_SUFFIXES and folded(path.stem) == wanted:
             return path
     return None
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """The same for names that can't be told apart in a folder or a prompt."""
     return unicodedata.normalize("NFC", name).strip().casefold()
 
 

@@ -6,7 +6,7 @@ the weights, and puts back whatever it changed when it ends, on success, error, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -305,3 +305,6 @@ class Host(Protocol):
 
     def session(self) -> AbstractContextManager[Session]:
         """Borrows the model for one job."""
+
+    def without(self, names: Collection[str]) -> Host:
+        """The same model for prompts in which embeddings of these names are plain words, as far as the host can."""

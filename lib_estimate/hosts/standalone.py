@@ -5,8 +5,9 @@ Leans on diffusers' `UNet2DConditionModel` and `AutoencoderKL` (read in 0.42), a
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lib_estimate.errors import EstimateError, ModelError
 from lib_estimate.files import reading
 from lib_estimate.files.embedding import Vectors
+from lib_estimate.files.names import folded
 from lib_estimate.hosts import checkpoint, denoising
 from lib_estimate.hosts.base import (
     FIRST_WORD_ID,
@@ -52,6 +54,7 @@ class StandaloneHost:
     def __init__(self, options: ModelOptions, embeddings: Path | None = None) -> None:
         self.device = _device(options.device)
         self.options, self.embeddings = options, embeddings
+        self.unknown: frozenset[str] = frozenset()  # names of files there that are not to be used in prompts
         self.parts = checkpoint.load(Path(options.model), _dtype(options.dtype, self.device))
         self.mode = options.offload
         if self.mode is Offload.AUTO and self.device.type != "cuda":
@@ -60,6 +63,11 @@ class StandaloneHost:
             network.eval()
             if self.mode is Offload.OFF:
                 network.to(self.device)
+
+    def without(self, names: Collection[str]) -> StandaloneHost:
+        host = copy.copy(self)  # of the same networks
+        host.unknown = frozenset(map(folded, names))
+        return host
 
     def placement(self) -> Placement:
         parts, mode = self.parts, self.mode
@@ -122,7 +130,7 @@ class StandaloneSession(Placed):
             dtype=self.dtype,
         )
         self._names, self._foreign = chunks.EmbeddingNames(self.token_ids), chunks.EmbeddingNames(self.token_ids)
-        self._stored = _stored_embeddings(host.embeddings)
+        self._stored = _stored_embeddings(host.embeddings, host.unknown)
         for name, rows in self._stored.items():
             fits = [r.shape[1] for r in rows.values()] == list(self.info.widths.values())
             (self._names if fits else self._foreign).add(name, len(next(iter(rows.values()))))
@@ -385,13 +393,15 @@ class StandaloneSession(Placed):
         return (torch.cat(pictures).float().cpu() / 2 + 0.5).clamp(0, 1)
 
 
-def _stored_embeddings(folder: Path | None) -> dict[str, Vectors]:
-    """The embeddings of a folder and below, by name."""
+def _stored_embeddings(folder: Path | None, unknown: Collection[str]) -> dict[str, Vectors]:
+    """The embeddings of a folder and below, by name, but for those of unknown names."""
     found: dict[str, Vectors] = {}
     if folder is None or not folder.is_dir():
         return found
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in (".pt", ".bin", ".safetensors") or not path.is_file():
+            continue
+        if folded(path.stem) in unknown:
             continue
         try:
             found.setdefault(path.stem, reading.load(path).vectors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -75,6 +75,9 @@ class WebuiHost:
                 yield from self._session()
             return
         yield from self._session()
+
+    def without(self, names: Collection[str]) -> WebuiHost:
+        return self  # the webui doesn't know a batch's files before the tab tells it of them, after the batch
 
     def _session(self) -> Iterator[WebuiSession]:
         model = family().loaded()

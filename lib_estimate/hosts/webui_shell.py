@@ -2,8 +2,8 @@
 
 Leans on, alike in AUTOMATIC1111 1.10.1 and the Forge family: `call_queue.wrap_gradio_gpu_call`,
 `progress.restore_progress`, `shared.state` (`textinfo`, `job_count`, `sampling_step`, `assign_current_image`,
-`interrupted`), `ui.update_token_counter`, the caches `cached_c`, `cached_uc`, `cached_hr_c`, `cached_hr_uc` of the
-processing classes, `OptionInfo`.
+`interrupted`), `shared.prompt_styles`, `ui.update_token_counter`, the caches `cached_c`, `cached_uc`, `cached_hr_c`,
+`cached_hr_uc` of the processing classes, `OptionInfo`.
 """
 
 from __future__ import annotations
@@ -85,6 +85,10 @@ class WebuiShell:
 
     def interrupted(self) -> bool:
         return shared.state.interrupted or shared.state.stopping_generation
+
+    def styles(self) -> Sequence[tuple[str, str, str]]:
+        found = shared.prompt_styles.styles.values()
+        return [(style.name, style.prompt or "", style.negative_prompt or "") for style in found]
 
     def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None:
         family().refresh_embeddings()

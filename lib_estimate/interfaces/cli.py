@@ -1,4 +1,4 @@
-"""The command line: `embedding-estimate fit | measure | parse | inspect | demo | ui`."""
+"""The command line: `embedding-estimate fit | batch | measure | parse | inspect | demo | ui`."""
 
 from __future__ import annotations
 
@@ -84,6 +84,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_fields(fit, EstimateRequest, skip=("prompt",))
     _add_output(fit)
     fit.set_defaults(run=_fit)
+
+    batch = commands.add_parser("batch", help="estimate an embedding for each line of a file")
+    batch.add_argument(
+        "file", type=Path, metavar="FILE", help="styles.csv of a webui, text with name, tab, prompt, or JSON"
+    )
+    batch.add_argument("--prompt", default="", help="the prompt that styles and negative prompts will stand beside")
+    _add_fields(batch, ModelOptions)
+    _add_fields(batch, EstimateRequest, skip=("prompt", "name"))
+    batch.add_argument("--table", type=Path, metavar="FILE.csv", help="write the table of results as csv, too")
+    batch.set_defaults(run=_batch)
 
     measure = commands.add_parser("measure", help="measure an embedding file against a prompt")
     measure.add_argument("file", type=Path, metavar="FILE", help="the embedding")
@@ -191,6 +201,13 @@ def _fit(args: argparse.Namespace) -> int:
     _output(args, outcome.record, outcome.fidelity, request.name)
     _summary(outcome)
     return 0
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from lib_estimate.interfaces import many
+
+    request, options = _filled(EstimateRequest, args), _filled(ModelOptions, args)
+    return many.run(args.file, request, options, args.table, _Bars, _interrupts)
 
 
 def _run(request: EstimateRequest, options: ModelOptions, errors: list[tuple[int, float]] | None = None) -> Any:

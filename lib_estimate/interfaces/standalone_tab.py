@@ -43,6 +43,9 @@ class StandaloneShell:
     def interrupted(self) -> bool:
         return False
 
+    def styles(self) -> Sequence[tuple[str, str, str]]:
+        return ()
+
     def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None:
         """The folder is read anew at the next run."""
 

@@ -16,8 +16,10 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from lib_estimate.batch import Batch, summary
 from lib_estimate.errors import EstimateError
 from lib_estimate.hosts.base import Host
+from lib_estimate.interfaces import markup
 from lib_estimate.interfaces.fields import (
     COUNTS,
     LABELS,
@@ -28,9 +30,9 @@ from lib_estimate.interfaces.fields import (
     component,
     field_of,
     identifier,
-    in_the_tab,
     request_from,
 )
+from lib_estimate.interfaces.tab_batch import BatchFields, watched
 from lib_estimate.interfaces.view import View, views
 from lib_estimate.job import Outcome, cost_sentence
 from lib_estimate.progress import Cancel
@@ -80,6 +82,9 @@ class Shell(Protocol):
     def interrupted(self) -> bool:
         """Whether the program's own interrupt was pressed."""
 
+    def styles(self) -> Sequence[tuple[str, str, str]]:
+        """The program's styles: name, prompt, negative prompt."""
+
     def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None:
         """A file was saved: its name must work in the next generation."""
 
@@ -107,6 +112,7 @@ class Tab:
         self.shell = shell
         self.fields: dict[str, Any] = {}
         self.cancel: Cancel | None = None  # of the run that goes on
+        self.batch = BatchFields(shell.styles)
 
     # ---- layout ----
 
@@ -117,6 +123,7 @@ class Tab:
                 self._saving()
                 self._buttons()
                 self._method()
+                self.batch.lay_out()
                 self._folded("Learning", LEARNING)
                 self._folded("Generations learnt from", GENERATION)
             with gr.Column(scale=1, elem_id=identifier("results")):
@@ -183,7 +190,7 @@ class Tab:
 
     def _results(self) -> None:
         self.task = gr.Textbox(visible=False, elem_id=identifier("task"))
-        self.progress = gr.HTML(_idle(), elem_id=identifier("progress"))
+        self.progress = gr.HTML(markup.idle(), elem_id=identifier("progress"))
         with gr.Column(elem_id=identifier("preview")):
             self.curve = gr.Image(
                 label="Loss and error", type="pil", interactive=False, height=320, elem_id=identifier("curve")
@@ -213,12 +220,10 @@ class Tab:
 
     def _connect(self) -> None:
         inputs = [self.task, *self.fields.values()]
-        if self.shell.live:
-            self.estimate.click(self._run_live, inputs=inputs, outputs=self.outputs, show_progress="hidden")
-        else:
-            run = self.shell.wrap(self._run_through, [gr.update()] * (len(self.outputs) - 1))
-            submit = {JS: "embeddingEstimateSubmit"}
-            self.estimate.click(run, inputs=inputs, outputs=self.outputs, show_progress="hidden", **submit)
+        of_batch = [self.task, self.batch.file, self.batch.ticked, *self.fields.values()]
+        self._connect_run(self.estimate, self._run, inputs)
+        self._connect_run(self.batch.start, self._run_batch, of_batch)
+        if not self.shell.live:
             self.restored.click(
                 self._restore, inputs=[self.task], outputs=self.outputs, show_progress="hidden",
                 **{JS: "embeddingEstimateRestore"},
@@ -229,6 +234,25 @@ class Tab:
             self._connect_counter(name)
         self._connect_visibility()
         self._connect_name()
+
+    def _connect_run(self, button: Any, run: Callable[..., Iterator[list[Any]]], inputs: list[Any]) -> None:
+        """A press of the button runs `run` with a list of what stands in all inputs but the first, the task."""
+
+        def live(task: str, *values: Any) -> Iterator[list[Any]]:
+            yield from run(values)
+
+        def through(task: str, *values: Any) -> list[Any]:
+            shown: list[Any] = []
+            for shown in run(values):  # noqa: B007 (the last one counts)
+                pass
+            return shown
+
+        if self.shell.live:
+            button.click(live, inputs=inputs, outputs=self.outputs, show_progress="hidden")
+        else:
+            wrapped = self.shell.wrap(through, [gr.update()] * (len(self.outputs) - 1))
+            submit = {JS: "embeddingEstimateSubmit"}
+            button.click(wrapped, inputs=inputs, outputs=self.outputs, show_progress="hidden", **submit)
 
     def _connect_counter(self, name: str) -> None:
         """Gradio 3 drops a change that comes while the one before is still answered, and so the last word of whoever
@@ -278,36 +302,22 @@ class Tab:
 
     # ---- a run ----
 
-    def _run_live(self, task: str, *values: Any) -> Iterator[list[Any]]:
-        yield from self._run(values)
-
-    def _run_through(self, task: str, *values: Any) -> list[Any]:
-        shown: list[Any] = []
-        for shown in self._run(values):  # noqa: B007 (the last one counts)
-            pass
-        return shown
-
     def _run(self, values: Sequence[Any]) -> Iterator[list[Any]]:
-        """Runs an estimate; yields what to show. Whatever goes wrong becomes a sentence."""
+        """Runs an estimate; yields what to show."""
+        yield from self._in_words(self._estimate_one, values)
+
+    def _run_batch(self, values: Sequence[Any]) -> Iterator[list[Any]]:
+        """Runs a batch of the file and the styles that come first among the values."""
+        file, ticked, *others = values
+        yield from self._in_words(self._estimate_all, file, ticked, others)
+
+    def _in_words(self, work: Callable[..., Iterator[list[Any]]], *given: Any) -> Iterator[list[Any]]:
+        """work(*given, cancel, begun), where whatever goes wrong becomes a sentence. `begun` is what takes the results
+        of an older run away; `work` fills it in once there is a new one."""
         cancel = self.cancel = Cancel()
         begun: dict[str, Any] = {}
         try:
-            given = dict(zip(self.fields, values, strict=True))
-            more = {name: self.shell.start_values().get(name, field_of(name).default) for name in LEFT_OUT}
-            request = request_from({**more, **given, "out": self.shell.embeddings_folder()}).validate()
-            begun = {"curve": gr.update(value=None), "gallery": gr.update(value=None)}  # else those of an older run
-            yield self._shown(progress=_bar(0.0, None, "Starting"), result="", done="", **begun)
-            for view in views(request, self.shell.host(), cancel):
-                if self.shell.interrupted() and cancel.wanted is None:
-                    cancel.save()
-                self.shell.show(view)
-                if view.outcome is not None:
-                    yield self._finished(request, view)
-                elif self.shell.live:
-                    yield self._shown(
-                        progress=_bar(view.fraction, view.seconds_left, view.words), curve=view.curve,
-                        result=_notes(view.notes),
-                    )  # fmt: skip
+            yield from work(*given, cancel, begun)
         except EstimateError as error:
             log.info("Refused or stopped: %s", error)
             yield self._failed(str(error), **begun)
@@ -321,19 +331,65 @@ class Tab:
         finally:
             self.cancel = None
 
+    def _request(self, values: Sequence[Any]) -> EstimateRequest:
+        given = dict(zip(self.fields, values, strict=True))
+        more = {name: self.shell.start_values().get(name, field_of(name).default) for name in LEFT_OUT}
+        return request_from({**more, **given, "out": self.shell.embeddings_folder()})
+
+    def _begin(self, begun: dict[str, Any]) -> list[Any]:
+        begun |= {"curve": gr.update(value=None), "gallery": gr.update(value=None)}
+        return self._shown(progress=markup.bar(0.0, None, "Starting"), result="", done="", **begun)
+
+    def _estimate_one(self, values: Sequence[Any], cancel: Cancel, begun: dict[str, Any]) -> Iterator[list[Any]]:
+        request = self._request(values).validate()
+        yield self._begin(begun)
+        for view in views(request, self.shell.host(), cancel):
+            self._show(view, cancel)
+            if view.outcome is not None:
+                yield self._finished(request, view)
+            elif self.shell.live:
+                yield self._shown(
+                    progress=markup.bar(view.fraction, view.seconds_left, view.words), curve=view.curve,
+                    result=markup.noted(view.notes),
+                )  # fmt: skip
+
+    def _show(self, view: View, cancel: Cancel) -> None:
+        if self.shell.interrupted() and cancel.wanted is None:
+            cancel.save()
+        self.shell.show(view)
+
+    def _estimate_all(
+        self, file: Any, ticked: Sequence[str], values: Sequence[Any], cancel: Cancel, begun: dict[str, Any]
+    ) -> Iterator[list[Any]]:
+        """Runs a batch. The program hears of its files at the end: before, their names are plain words in prompts."""
+        lines, notes = self.batch.lines(file, ticked, self._request(values))
+        batch, made = Batch(lines), []
+        yield self._begin(begun)
+        try:
+            for view, moment in watched(batch, self.shell.host(), cancel):
+                self._show(view, cancel)
+                if isinstance(moment.progress, Outcome):
+                    made.append((moment.line.request, *_card(moment.progress, moment.line.request)))
+                if self.shell.live:
+                    shown = markup.bar(view.fraction, None, view.words)
+                    yield self._shown(progress=shown, curve=view.curve, result=markup.table(batch.rows))
+        finally:
+            notes = [*notes, *dict.fromkeys(note for new in made for note in self._taken_in(*new))]
+        done = markup.bar(1.0, None, summary(batch.rows))
+        yield self._shown(progress=done, result=markup.table(batch.rows) + markup.noted(notes))
+
     def _finished(self, request: EstimateRequest, view: View) -> list[Any]:
         outcome = view.outcome
         pictures, name = gallery(outcome), outcome.embedding.name
         sentence = result_sentence(outcome.fidelity, name)
-        own = next((image for image, title in pictures if title == name), None)
-        notes = [*view.notes, *self._taken_in(request, outcome.path, own, f"{sentence}\n\n{request.text}")]
+        notes = [*view.notes, *self._taken_in(request, *_card(outcome, request))]
         worth = outcome.fidelity.recovered is None or outcome.fidelity.recovered > 0
         cost = cost_sentence(outcome.record["forwards"], request.sampling_steps)
         text = "<br>".join(map(html.escape, [*sentence.splitlines(), cost]))
         use = f"Write <b>{html.escape(name)}</b> in your {WORDS[request.target.value].lower()}."
         return self._shown(
-            progress=_bar(1.0, None, f"Saved {outcome.path}"), curve=view.curve, gallery=pictures,
-            result=f"<p class='{'good' if worth else 'bad'}'>{text}<br>{use}</p>{_notes(notes)}", done=name,
+            progress=markup.bar(1.0, None, f"Saved {outcome.path}"), curve=view.curve, gallery=pictures,
+            result=f"<p class='{'good' if worth else 'bad'}'>{text}<br>{use}</p>{markup.noted(notes)}", done=name,
         )  # fmt: skip
 
     def _taken_in(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> list[str]:
@@ -348,8 +404,7 @@ class Tab:
         return []
 
     def _failed(self, sentence: str, **more: Any) -> list[Any]:
-        said = f"<p class='bad'>{html.escape(in_the_tab(sentence))}</p>"
-        return self._shown(progress=_idle(), result=said, done="", **more)
+        return self._shown(progress=markup.idle(), result=markup.failed(sentence), done="", **more)
 
     def _shown(self, **changes: Any) -> list[Any]:
         """Outputs, in their order; what isn't named stays as it is. The footer is emptied: the webui adds to it."""
@@ -368,22 +423,8 @@ def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
     return [(images[row], title) for row in range(rows) for title, images in columns.items()]
 
 
-def _bar(fraction: float, seconds_left: float | None, words: str) -> str:
-    left = f", about {_duration(seconds_left)} left" if seconds_left else ""
-    share = f"{100 * fraction:.0f}%"
-    return (
-        f"<div class='bar'><div style='width:{share}'></div></div>"
-        f"<p>{share}{left}</p><p class='words'>{html.escape(words)}</p>"
-    )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def _idle() -> str:
-    return "<p class='words'>Type a prompt and a name, then press Estimate!</p>"
-
-
-def _notes(notes: Sequence[str]) -> str:
-    return "".join(f"<p class='note'>{html.escape(in_the_tab(note))}</p>" for note in notes)
+def _card(outcome: Outcome, request: EstimateRequest) -> tuple[Path, Image.Image | None, str]:
+    """What a program shows of a new file: where it is, its own picture, a description."""
+    name = outcome.embedding.name
+    own = next((image for image, title in gallery(outcome) if title == name), None)
+    return outcome.path, own, f"{result_sentence(outcome.fidelity, name)}\n\n{request.text}"

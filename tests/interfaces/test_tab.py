@@ -30,6 +30,9 @@ class Shell:
     def embeddings_folder(self) -> str:
         return "somewhere"
 
+    def styles(self) -> tuple:
+        return (("--- STYLES ---", "", ""), ("day", "a (red:1.4) circle", "blurry"))
+
     def send_buttons(self) -> tuple:
         return ("txt2img", "img2img")
 
@@ -175,6 +178,96 @@ def test_counting_tokens_leaves_the_weights_of_a_run_frozen(tmp_path) -> None:
         assert not any(p.requires_grad for p in shell.model.parts.unet.parameters())
 
 
+# ---- a batch ------------------------------------------------------------------------------------------------------
+
+
+class Batched(standalone_tab.StandaloneShell):
+    """The small model with styles, and a memory of the files it is told of."""
+
+    def __init__(self, host, folder) -> None:
+        self.model, self.folder, self.told = host, str(folder), []
+
+    def styles(self) -> tuple:
+        return (("----- STYLES -----", "", ""), ("dusk", "a (red:1.6) circle, {prompt}", "(blue:1.3)"))
+
+    def saved(self, request, path, picture, description) -> None:
+        self.told.append((request.name, path.exists(), description.splitlines()[-1]))
+
+
+QUICK = {
+    "effort": "Quick", "steps": 2, "part": "Cross-attention", "use": "As the whole prompt", "images": 0, "width": 64,
+    "height": 64, "sampling_steps": 4, "sentence": "a small {}",
+}  # fmt: skip
+
+
+def press(shell, button: str, *first) -> list[list]:
+    """What a press of a button shows, one after the other; `first` are the inputs before the fields."""
+    made = tab_module.build(shell)
+    (event,) = [f for f in made.fns.values() if any(made.blocks[t].elem_id == button for t, _ in f.targets)]
+    names = [component.elem_id.removeprefix("embedding_estimate_") for component in event.inputs]
+    assert names[: len(first)] == ["task", "batch_file", "batch_styles"]
+    given = [QUICK.get(name, event.inputs[i].value) for i, name in enumerate(names) if i >= len(first)]
+    return list(event.fn(*first, *given))
+
+
+def test_a_batch_of_a_file_and_of_styles_that_are_ticked(host, tmp_path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("day\ta (blue:1.5) square\nbroken\t(a:1.5.2)\n", encoding="utf-8")
+    shell = Batched(host, tmp_path / "out")
+    shown = press(shell, "embedding_estimate_batch_estimate", "task", str(listed), ["dusk"])
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.pt")) == ["day", "dusk", "dusk-neg"]
+    progress = [step[0] for step in shown if isinstance(step[0], str)]
+    assert any("Line 1 of 4 (day): Learning" in words for words in progress)
+    assert any("Line 4 of 4 (dusk-neg)" in words for words in progress)
+    assert "4 lines: 3 made, 1 failed." in progress[-1]
+    result = shown[-1][3]
+    assert result.count("<td>made</td>") == 3
+    assert "1.5.2" in result
+    assert "{prompt}" in result  # the note
+    assert shell.told == [
+        ("day", True, "a (blue:1.5) square"),
+        ("dusk", True, "a (red:1.6) circle"),
+        ("dusk-neg", True, "(blue:1.3)"),
+    ]
+
+    shell.told.clear()
+    *_, last = press(shell, "embedding_estimate_batch_estimate", "task", None, ["dusk"])
+    assert "2 lines: 2 made before." in last[3]
+    assert shell.told == []
+
+
+def test_a_batch_is_interrupted_as_a_run_is(host, tmp_path) -> None:
+    batched = tab_module.Tab(Batched(host, tmp_path))
+    with tab_module.gr.Blocks():
+        batched.lay_out()
+    given = [QUICK.get(name, component.value) for name, component in batched.fields.items()]
+    given[list(batched.fields).index("steps")] = 50
+    for shown in batched._run_batch([None, ["dusk"], *given]):
+        if "step 2 of" in str(shown[0]):
+            batched._stop("save")
+    assert "interrupted, the best so far is saved" in shown[3]
+    assert "not started" in shown[3]
+    assert [path.stem for path in tmp_path.glob("*.pt")] == ["dusk"]
+    assert [name for name, _, _ in batched.shell.told] == ["dusk"]
+
+
+def test_a_batch_of_nothing_and_a_wrong_one_are_said(host, tmp_path) -> None:
+    *_, shown = press(Batched(host, tmp_path), "embedding_estimate_batch_estimate", "task", None, [])
+    assert "Drop a file, or tick styles" in shown[3]
+    (tmp_path / "list.txt").write_text("a/b\tx\nday\tx\nDay\ty\n", encoding="utf-8")
+    *_, shown = press(Batched(host, tmp_path), "embedding_estimate_batch_estimate", "task", tmp_path / "list.txt", [])
+    assert "line 1: " in shown[3]
+    assert "<br>line 3: " in shown[3]
+
+
+def test_styles_are_read_again(host, tmp_path) -> None:
+    shell = Batched(host, tmp_path)
+    batched = tab_module.Tab(shell)
+    shell.styles = lambda: (("new", "a", ""),)
+    batched.batch.styles = shell.styles
+    assert batched.batch._again()["choices"] == ["new"]
+
+
 @pytest.fixture
 def served(tmp_path) -> Iterator[str]:
     with socket.socket() as free:
@@ -223,6 +316,28 @@ def test_in_a_browser(served, tmp_path) -> None:
         page.until(lambda: "Saved" in page.text("progress"))
         assert not first.vectors["clip_l"].equal(reading.load(tmp_path / "inbrowser.pt").vectors["clip_l"])
         assert not page.complaints()
+
+
+@pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason="no chromium and chromedriver")
+def test_a_batch_in_a_browser(served, tmp_path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("day\ta (blue:1.5) square\nbroken\t(a:1.5.2)\n", encoding="utf-8")
+    with browser.page(served) as page:
+        page.choose("part", "Transformer")
+        page.choose("use", "As the whole prompt")
+        use_few(page)
+        page.driver.execute_script(
+            "arguments[0].querySelector('button, .label-wrap').click()", page.all("batch_fold")[0]
+        )
+        page.until(lambda: page.element("batch_file", "input[type=file]"))
+        page.element("batch_file", "input[type=file]").send_keys(str(listed))
+        page.until(lambda: "list" in page.text("batch_file"))
+        page.click("batch_estimate")
+        page.until(lambda: "1 made, 1 failed" in page.text("progress"))
+        assert "1.5.2" in page.text("result")
+        page.shot(tmp_path / "batch.png")
+        assert not page.complaints()
+    assert (tmp_path / "day.pt").exists()
 
 
 def use_few(page: browser.Page) -> None:

@@ -407,6 +407,20 @@ def check_an_embedding_of_another_model_is_said_before_the_run() -> dict[str, An
     return {}
 
 
+def check_the_styles_are_listed() -> None:
+    """With what is missing empty, as in the dividers that the webui puts between files of styles."""
+    from types import SimpleNamespace
+
+    from modules import shared
+
+    styles = shared.prompt_styles.styles
+    styles["check"] = SimpleNamespace(name="check", prompt=None, negative_prompt="blurry")
+    try:
+        assert ("check", "", "blurry") in WebuiShell().styles()
+    finally:
+        del styles["check"]
+
+
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     name.removeprefix("check_"): function
     for file in (globals(), vars(checks_traps))

@@ -285,6 +285,7 @@ def install(standing: Standing, values: Values, options: dict[str, Any]) -> None
         made.__dict__.update({member.__name__: member for member in members}, **values[file])
     shared.opts, shared.state = Options(**options), State()
     shared.cmd_opts = SimpleNamespace(embeddings_dir=tempfile.mkdtemp())
+    shared.prompt_styles = SimpleNamespace(styles={})
 
 
 def _module(name: str) -> ModuleType:

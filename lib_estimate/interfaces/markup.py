@@ -1,0 +1,45 @@
+"""Pieces of HTML that the tab shows: how far a run is, notes, a table."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from lib_estimate.batch import HEADINGS, Row, cells, summary
+from lib_estimate.interfaces.fields import in_the_tab
+
+
+def bar(fraction: float, seconds_left: float | None, words: str) -> str:
+    left = f", about {_duration(seconds_left)} left" if seconds_left else ""
+    share = f"{100 * fraction:.0f}%"
+    return (
+        f"<div class='bar'><div style='width:{share}'></div></div>"
+        f"<p>{share}{left}</p><p class='words'>{html.escape(words)}</p>"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def idle() -> str:
+    return "<p class='words'>Type a prompt and a name, then press Estimate!</p>"
+
+
+def noted(notes: Sequence[str]) -> str:
+    return "".join(f"<p class='note'>{html.escape(in_the_tab(note))}</p>" for note in notes)
+
+
+def failed(sentences: str) -> str:
+    """One sentence to a line."""
+    return f"<p class='bad'>{'<br>'.join(map(html.escape, in_the_tab(sentences).splitlines()))}</p>"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """What became of the lines of a batch."""
+    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(in_the_tab(cell))}</td>' for cell in cells(row))}</tr>" for row in rows
+    )
+    mood = "bad" if any(row.failed for row in rows) else "good"
+    return f"<p class='{mood}'>{summary(rows)}</p><table><tr>{head}</tr>{body}</table>"
