@@ -17,14 +17,14 @@ ORDER = (
     "hosts.checkpoint", "hosts.standalone", "hosts.lending", "hosts.webui_text", "hosts.webui", "hosts.forge",
     "hosts.family", "hosts.webui_session", "hosts.webui_shell",
     "target", "target.target", "target.bank", "target.error", "target.queries", "target.sentences", "target.recording",
-    "report", "report.fidelity", "report.plots",
-    "learn", "learn.initial", "learn.registry", "learn.plan", "learn.objectives", "learn.objectives.base",
-    "learn.objectives.hidden_state", "learn.objectives.cross_attention", "learn.objectives.sketch",
-    "learn.objectives.denoising", "learn.fit",
+    "report", "report.fidelity", "report.against_file", "report.plots",
+    "learn", "learn.continued", "learn.initial", "learn.registry", "learn.plan", "learn.objectives",
+    "learn.objectives.base", "learn.objectives.hidden_state", "learn.objectives.cross_attention",
+    "learn.objectives.sketch", "learn.objectives.denoising", "learn.fit",
     "learn.learning", "learn.count", "learn.needs",
     "job",
-    "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab",
-    "interfaces.show", "interfaces.cli",
+    "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab",
+    "interfaces.standalone_tab", "interfaces.show", "interfaces.cli",
     "__main__",
 )  # fmt: skip
 FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")
@@ -41,7 +41,12 @@ ONLY_IN = {
     "backend": ("hosts.forge",),
     "ldm_patched": ("hosts.webui",),
     "diffusers": ("hosts.checkpoint", "hosts.standalone"),
-    "gradio": ("hosts.webui_shell", "interfaces.fields", "interfaces.tab", "interfaces.standalone_tab"),
+    "gradio": (
+        "hosts.webui_shell",
+        "interfaces.fields",
+        "interfaces.tab",
+        "interfaces.standalone_tab",
+    ),
     "matplotlib": ("report.plots",),
 }
 LONGEST = 460  # lines: a file beyond that does more than one job

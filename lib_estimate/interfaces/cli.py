@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 CHECKOUT = Path(__file__).parents[2]
 DEMO_MODEL = CHECKOUT / "tests" / "shapes_sd" / "shapes_sd.safetensors"
 DEMO_PROMPT = "a (small:1.5) red circle to the left of a large blue star"
-SHORT_FLAGS = {"learning_rate": "--lr"}
+SHORT_FLAGS = {"learning_rate": "--lr", "continue_from": "--continue"}
 CONTEXT = (
     "negative",
     "target",

@@ -171,7 +171,9 @@ class Tab:
                 value=8, precision=0, label="Number of vectors", visible=not self.shell.live,
                 elem_id=identifier("vector_count"),
             )  # fmt: skip
-        self._field("init")
+        with gr.Row():
+            self._field("init")
+            self._field("continue_from")
 
     def _folded(self, title: str, names: Sequence[str]) -> None:
         with gr.Accordion(title, open=False, elem_id=identifier(title.split()[0].lower())):
