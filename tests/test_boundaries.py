@@ -17,13 +17,13 @@ ORDER = (
     "hosts.checkpoint", "hosts.standalone", "hosts.lending", "hosts.webui_text", "hosts.webui", "hosts.forge",
     "hosts.family", "hosts.webui_session", "hosts.webui_shell",
     "target", "target.target", "target.bank", "target.error", "target.queries", "target.sentences", "target.recording",
-    "report", "report.fidelity", "report.against_file", "report.plots",
+    "report", "report.fidelity", "report.against_file", "report.inside", "report.plots",
     "learn", "learn.continued", "learn.initial", "learn.registry", "learn.plan", "learn.objectives",
     "learn.objectives.base", "learn.objectives.hidden_state", "learn.objectives.cross_attention",
     "learn.objectives.sketch", "learn.objectives.denoising", "learn.fit",
     "learn.learning", "learn.count", "learn.needs",
     "job",
-    "interfaces", "interfaces.view", "interfaces.fields", "interfaces.tab",
+    "interfaces", "interfaces.view", "interfaces.fields", "interfaces.inside_tab", "interfaces.tab",
     "interfaces.standalone_tab", "interfaces.show", "interfaces.cli",
     "__main__",
 )  # fmt: skip
@@ -44,6 +44,7 @@ ONLY_IN = {
     "gradio": (
         "hosts.webui_shell",
         "interfaces.fields",
+        "interfaces.inside_tab",
         "interfaces.tab",
         "interfaces.standalone_tab",
     ),

@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show what an embedding file holds")
     inspect.add_argument("file", type=Path, metavar="FILE")
+    inspect.add_argument(
+        "--model", default="", help="model whose words the vectors are held against; without it, only lengths are shown"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=show.inspect)
 

@@ -31,6 +31,7 @@ from lib_estimate.interfaces.fields import (
     in_the_tab,
     request_from,
 )
+from lib_estimate.interfaces.inside_tab import InsideTab
 from lib_estimate.interfaces.view import View, views
 from lib_estimate.job import Outcome, cost_sentence
 from lib_estimate.progress import Cancel
@@ -104,7 +105,7 @@ class Tab:
     """The components of one tab and what happens between them."""
 
     def __init__(self, shell: Shell) -> None:
-        self.shell = shell
+        self.shell, self.inside = shell, InsideTab(shell)
         self.fields: dict[str, Any] = {}
         self.cancel: Cancel | None = None  # of the run that goes on
 
@@ -119,6 +120,7 @@ class Tab:
                 self._method()
                 self._folded("Learning", LEARNING)
                 self._folded("Generations learnt from", GENERATION)
+                self.inside.lay_out()
             with gr.Column(scale=1, elem_id=identifier("results")):
                 self._results()
         self._connect()
@@ -216,8 +218,11 @@ class Tab:
     def _connect(self) -> None:
         inputs = [self.task, *self.fields.values()]
         if self.shell.live:
-            self.estimate.click(self._run_live, inputs=inputs, outputs=self.outputs, show_progress="hidden")
+            run, given = self._run_live, {"inputs": inputs, "outputs": self.outputs, "show_progress": "hidden"}
+            self.estimate.click(run, **given, concurrency_id="model")
+            self.inside.connect(concurrency_id="model")
         else:
+            self.inside.connect()
             run = self.shell.wrap(self._run_through, [gr.update()] * (len(self.outputs) - 1))
             submit = {JS: "embeddingEstimateSubmit"}
             self.estimate.click(run, inputs=inputs, outputs=self.outputs, show_progress="hidden", **submit)
