@@ -45,17 +45,18 @@ class Look:
 
     def warnings(self) -> list[str]:
         """Sentences about vectors that are far outside of what words are."""
-        far = [(number, v) for number, v in enumerate(self.vectors, 1) if v.far]
+        far = {number: v.length / self.typical for number, v in enumerate(self.vectors, 1) if v.far}
         if not far:
             return []
-        which = ", ".join(
-            f"{number} ({v.length / self.typical:.2g} times as long as a typical word)" for number, v in far
-        )
+        every = len(far) == len(self.vectors) > 1
+        numbers = f"vector{'s' if len(far) > 1 else ''} {', '.join(map(str, far))}"
+        which = f"all {len(far)} vectors" if every else numbers
+        times = dict.fromkeys(f"{share:.2g}" for share in (min(far.values()), max(far.values())))
         low, high = self.usual
         return [
-            f"Far outside what words are: vector {which}. Of a thousand words all but two are between {low:.3g} and "
-            f"{high:.3g} long; what is under half or over twice that is told here. A vector that long can drown out "
-            "the words beside it, and one that short says next to nothing."
+            f"Far outside what words are: {which}; {' to '.join(times)} times as long as a typical word. Of a thousand "
+            f"words all but two are between {low:.3g} and {high:.3g} long; what is under half or over twice that is "
+            "told here. Such an embedding may do well as a whole prompt and badly beside other words."
         ]
 
 

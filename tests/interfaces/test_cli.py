@@ -117,7 +117,7 @@ def test_inspect_with_a_model_shows_the_nearest_words_and_warns(tmp_path, host, 
     assert cli.main(["inspect", str(tmp_path / "word.pt"), *MODEL]) == 0
     out = capsys.readouterr().out
     assert out.count("red 1.00") == 2
-    assert "warning: Far outside what words are: vector 2 (" in out
+    assert "warning: Far outside what words are: vector 2; " in out
     assert cli.main(["inspect", str(tmp_path / "word.pt"), *MODEL, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["vectors"]["clip_l"]["rows"]
     assert [row["far"] for row in rows] == [False, True]

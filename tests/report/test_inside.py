@@ -51,7 +51,15 @@ def test_far_is_told_by_the_tables_own_lengths(length, far) -> None:
     assert look.usual == pytest.approx((0.9, 1.1), abs=1e-3)
     assert look.vectors[0].far is far
     assert bool(look.warnings()) is far
-    assert not far or f"vector 1 ({length:.2g} times" in look.warnings()[0]
+    assert not far or f"vector 1; {length:.2g} times as long" in look.warnings()[0]
+
+
+def test_a_warning_names_the_vectors_and_how_far_they_are() -> None:
+    rows = table()[1000:1003] * torch.tensor([[1.0], [5.0], [20.0]])
+    look = look_inside({KEY: rows}, Words({KEY: table()}, str))[KEY]
+    assert "vectors 2, 3; 5 to 20 times as long" in look.warnings()[0]
+    look = look_inside({KEY: 5 * table()[1000:1003]}, Words({KEY: table()}, str))[KEY]
+    assert "all 3 vectors; 5 times as long" in look.warnings()[0]
 
 
 def test_without_a_model_there_are_lengths_only() -> None:
