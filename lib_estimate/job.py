@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from lib_estimate.errors import EstimateError
 from lib_estimate.files import names, writing
 from lib_estimate.files.embedding import FORMATS, Embedding, Vectors
 from lib_estimate.hosts.base import Host, ModelInfo, Network, Session
+from lib_estimate.learn.continued import Continued, continued, fitting_vectors
 from lib_estimate.learn.count import starting_vectors
-from lib_estimate.learn.initial import initial_vectors
+from lib_estimate.learn.initial import initial_vectors, wanted_count
 from lib_estimate.learn.learning import Run, learn
 from lib_estimate.learn.needs import Case
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
-from lib_estimate.report.fidelity import Fidelity, exact, measure, report_sentences
-from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Use
+from lib_estimate.report.against_file import Kept, measure_continued
+from lib_estimate.report.fidelity import Court, Fidelity, exact, measure, report_sentences
+from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Start, Use
 from lib_estimate.target.recording import materials_of
 from lib_estimate.target.target import Target, build_target
 
@@ -50,6 +52,18 @@ STAYED = (
     "Nothing learnt did better everywhere than leaving the weights out: the embedding is the prompt without "
     "its weights."
 )
+OWN_TOKENS = "The prompt has no weights, so its own tokens are exact"
+SAYS_THE_SAME = "The embedding that is continued says exactly what the prompt says"
+FILE_KEPT = "Nothing learnt did as well everywhere as {name} did before, so its vectors are kept as they were."
+FILE_BACK = (
+    "As learnt, the vectors did worse somewhere than {name}, or than leaving the weights out, so they go {share:.0f}% "
+    "of the way that was learnt."
+)
+FILE_POOR = (
+    "{name} itself does worse somewhere than leaving the weights out, so what was learnt is held against the prompt "
+    "without its weights instead."
+)
+LEAVE_IT_OUT = "The prompt has no weights, so its own tokens would be exact: nothing has to be continued for it."
 BACK = (0.75, 0.5, 0.25, 0.0)  # shares of the way from the start, tried where the whole way is worse than the start
 
 
@@ -67,18 +81,20 @@ class Bill:
 def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None) -> Iterator[Progress]:
     """Runs one estimate. Raises EstimateError with a sentence for the user."""
     cancel, started = cancel or Cancel(), time.perf_counter()
-    path = check_destination(request)
+    path, origin = check_destination(request), continued(request)
     with host.session() as session:
         path = _for_model(path, request, session.info)
         _check_size(request, session.info)
-        yield from _notes(request, session)
+        yield from _notes(request, session, origin)
         session.place(Network.TEXT)
         alone, bill = build_target(request, session), Bill(session)
         if _own_tokens_do(request, session, alone):
-            yield Note("The prompt has no weights, so its own tokens are exact: there is nothing to learn.")
+            yield Note(f"{OWN_TOKENS if origin is None else SAYS_THE_SAME}: there is nothing to learn.")
             start, counts = initial_vectors(request, session), {}
             run, chosen = Run(start, [], [], "the start is exact"), ()
         else:
+            if origin is not None and _own_tokens_do(replace(request, continue_from=""), session, alone):
+                yield Note(LEAVE_IT_OUT)
             yield from _arrange(request, session, alone)
             materials = yield from materials_of(request, session, alone, cancel)
             bill.charge("recording")
@@ -89,9 +105,9 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
         if cancel.wanted == "discard":
             raise Interrupted("Interrupted. Nothing was saved.")
 
-        facts = _facts(request, session.info, run, counts)
+        facts = _facts(request, session.info, run, counts, origin)
         try:
-            fidelity = yield from _report(request, session, alone, run, start, chosen)
+            fidelity = yield from _report(request, session, alone, run, start, chosen, origin)
         except BaseException:  # whatever stops the report, what was learnt must not be lost
             writing.save(Embedding(path.stem, run.best, facts), path, overwrite=request.overwrite)
             raise
@@ -100,6 +116,7 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
         writing.save(embedding, path, overwrite=request.overwrite)
         seconds = time.perf_counter() - started
         record = _record(request, path, session.info, run, counts, fidelity, seconds) | {"forwards": bill.forwards}
+        record |= {} if origin is None else origin.facts() | {"step": facts["step"]}
     yield Outcome(path, embedding, fidelity, run.losses, record)
 
 
@@ -125,11 +142,12 @@ def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iter
 
 
 def check_destination(request: EstimateRequest) -> Path:
-    """Where the file will be, before the model is known. Refuses bad requests and a name that is taken.
+    """Where the file will be, before the model is known. Refuses bad requests, a file to continue that can't be read,
+    and a name that is taken.
 
     A name is taken by a file of any format, in the folder or below it. Overwriting replaces that very file.
     """
-    request.validate()
+    continued(request.validate())
     folder, name = Path(request.out), names.check_name(request.name)
     suffix = Format.PT.value if request.format is Format.AUTO else request.format.value
     path = names.embedding_path(folder / request.subfolder, name, suffix)
@@ -163,12 +181,17 @@ def _check_size(request: EstimateRequest, info: ModelInfo) -> None:
             )
 
 
-def _notes(request: EstimateRequest, session: Session) -> Iterator[Note]:
+def _notes(request: EstimateRequest, session: Session, origin: Continued | None) -> Iterator[Note]:
     shadow = names.shadowed_word(request.name, session.token_ids)
     texts = dict.fromkeys([request.text, request.prompt, request.negative, request.init, *request.sentence])
     notes = dict.fromkeys(note for text in texts if text for note in session.notes(text))
     for text in [*notes, *([shadow] if shadow else [])]:
         yield Note(text)
+    if origin is not None and request.vectors != AUTO_VECTORS:
+        count = wanted_count(request, origin.vectors, session.info.chunk_length)
+        how = "pooled into" if request.start is Start.POOLED else "cut off after"
+        if count < origin.vectors:
+            yield Note(f"{origin.embedding.name} holds {origin.vectors} vectors: they are {how} the {count} wanted.")
 
 
 def _arrange(request: EstimateRequest, session: Session, alone: Target) -> Iterator[Note]:
@@ -182,18 +205,6 @@ def _arrange(request: EstimateRequest, session: Session, alone: Target) -> Itera
         yield Note(way.note)
 
 
-def fitting_vectors(embedding: Embedding, info: ModelInfo) -> Vectors:
-    """The embedding's vectors under the model's own keys; EstimateError where their widths differ."""
-    rows = list(embedding.vectors.values())
-    widths = [r.shape[1] for r in rows]
-    if widths != list(info.widths.values()):
-        raise EstimateError(
-            f"{embedding.name} holds vectors of width {', '.join(map(str, widths))}, the model {info.name} needs "
-            f"{', '.join(map(str, info.widths.values()))}: it was made for another kind of model."
-        )
-    return {key: r.to(info.device) for key, r in zip(info.widths, rows, strict=True)}
-
-
 def _own_tokens_do(request: EstimateRequest, session: Session, alone: Target) -> bool:
     """Whether the vectors to start from say exactly what the prompt does, wherever the word is meant to stand."""
     wanted = alone.single()
@@ -201,20 +212,40 @@ def _own_tokens_do(request: EstimateRequest, session: Session, alone: Target) ->
         return False
     start = initial_vectors(request, session)
     tokens = session.token_vectors(request.text)
-    if request.use is not Use.WHOLE and any(len(start[key]) != len(rows) for key, rows in tokens.items()):
+    # More vectors move the words after them, and others may agree with the tokens alone but not among words.
+    if request.use is not Use.WHOLE and any(not torch.equal(start[key], rows) for key, rows in tokens.items()):
         return False
     with torch.no_grad():
         return alone.embed(session, start).close_to(wanted)
 
 
 def _report(
-    request: EstimateRequest, session: Session, alone: Target, run: Run, start: Vectors, chosen: Sequence[str]
+    request: EstimateRequest,
+    session: Session,
+    alone: Target,
+    run: Run,
+    start: Vectors,
+    chosen: Sequence[str],
+    origin: Continued | None,
 ) -> Iterator[Phase | Note]:
-    """The Fidelity of what was learnt. Where leaving the weights out does better, the vectors go back towards the
-    start; `run` then has those."""
+    """The Fidelity of what was learnt. Where the start, or leaving the weights out, does better, the vectors go back;
+    `run` then has those."""
     if not run.stages:
         return exact(alone, chosen)
+    given = (request, session, alone, run, start, chosen)
+    if origin is None:
+        fidelity = yield from _against_plain(*given)
+    else:
+        fidelity = yield from _against_file(*given, origin.embedding.name)
+    worse = [s.sentence for s in fidelity.sentences if s.worse()]
+    if worse and request.use is not Use.WHOLE:
+        yield Note(f"In sentences such as {worse[0]!r} the prompt without its weights comes closer than the embedding.")
+    return fidelity
 
+
+def _against_plain(
+    request: EstimateRequest, session: Session, alone: Target, run: Run, start: Vectors, chosen: Sequence[str]
+) -> Iterator[Phase | Note]:
     def taken_back(share: float) -> Vectors:
         return {key: torch.lerp(start[key], rows, share) for key, rows in run.best.items()}
 
@@ -229,10 +260,36 @@ def _report(
     if share < 1:
         run.best = ways[fidelity.taken]()
         yield Note(WENT_BACK.format(100 * share) if share else STAYED)
-    worse = [s.sentence for s in fidelity.sentences if s.worse()]
-    if worse and request.use is not Use.WHOLE:
-        yield Note(f"In sentences such as {worse[0]!r} the prompt without its weights comes closer than the embedding.")
     return fidelity
+
+
+def _against_file(
+    request: EstimateRequest,
+    session: Session,
+    alone: Target,
+    run: Run,
+    start: Vectors,
+    chosen: Sequence[str],
+    name: str,
+) -> Iterator[Phase | Note]:
+    """The same for a run that continues a file, whose vectors are the start."""
+    count = len(next(iter(start.values())))
+    prompt = initial_vectors(replace(request, continue_from="", start=Start.TEXT, vectors=count), session)
+    plain = prompt if _starts_as_the_prompt(request, session, prompt) else None
+    court = Court(session, alone, request, chosen)
+    for progress in measure_continued(court, run.best, start, plain, (1.0, *BACK)):
+        if not isinstance(progress, Kept):
+            yield Phase(*progress)
+            continue
+        kept = progress
+    run.best, share = kept.vectors, 100 * kept.share
+    if not kept.back_to_file:
+        yield Note(FILE_POOR.format(name=name))
+    if share < 100:
+        to_file = FILE_BACK.format(name=name, share=share) if share else FILE_KEPT.format(name=name)
+        to_plain = WENT_BACK.format(share) if share else STAYED
+        yield Note(to_file if kept.back_to_file else to_plain)
+    return kept.fidelity
 
 
 def _starts_as_the_prompt(request: EstimateRequest, session: Session, start: Vectors) -> bool:
@@ -243,7 +300,9 @@ def _starts_as_the_prompt(request: EstimateRequest, session: Session, start: Vec
     )
 
 
-def _facts(request: EstimateRequest, info: ModelInfo, run: Run, counts: dict[int, float]) -> dict[str, Any]:
+def _facts(
+    request: EstimateRequest, info: ModelInfo, run: Run, counts: dict[int, float], origin: Continued | None
+) -> dict[str, Any]:
     """What the file remembers of how it was made."""
     return {
         "prompt": request.prompt,
@@ -253,7 +312,8 @@ def _facts(request: EstimateRequest, info: ModelInfo, run: Run, counts: dict[int
         "seed": request.seed,
         "sd_checkpoint_name": info.name,
         "sd_checkpoint": info.hash,
-        "step": len(run.losses),
+        "step": len(run.losses) + (0 if origin is None else origin.steps),
+        **({} if origin is None else origin.facts()),
         **({"errors_by_vectors": counts} if counts else {}),
     }
 

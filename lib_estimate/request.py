@@ -132,13 +132,19 @@ class EstimateRequest:
     )
     vectors: int | str = _field(
         INIT_TEXT,
-        f"number of vectors; {INIT_TEXT}: as many as the initial text has tokens; {AUTO_VECTORS}: as few as keep the "
-        "error below the tolerance",
+        f"number of vectors; {INIT_TEXT}: as many as the initial text has tokens, or as the embedding has that is "
+        f"continued; {AUTO_VECTORS}: as few as keep the error below the tolerance",
         low=1,
         choices=(INIT_TEXT, AUTO_VECTORS),
     )
     tolerance: float = _field(0.01, f"error that vectors {AUTO_VECTORS} may leave", low=0.0, high=1.0)
     init: str = _field("", "text the vectors start from; may contain names of embeddings. Blank: the prompt itself")
+    continue_from: str = _field(
+        "",
+        "existing embedding whose vectors the run starts from, instead of a text: its file, or its name in the folder "
+        "of the embeddings. Fewer than wanted are filled up with what changes nothing, more are cut off. Its steps "
+        "are counted on. Blank: none",
+    )
     start: Start = _field(
         Start.TEXT,
         "how the start fills the vectors. text: token by token, cut off, or filled up: a given text with zeros, the "
@@ -193,6 +199,7 @@ class EstimateRequest:
                 f"The {which} is empty: there is nothing to estimate. Type the text that should become one word."
             )
         self._check_sentences()
+        self._check_start()
         if Path(self.subfolder).is_absolute() or ".." in Path(self.subfolder).parts:
             raise RequestError(f"subfolder is {self.subfolder!r}: it must be a folder inside the embeddings folder.")
         return self
@@ -203,6 +210,16 @@ class EstimateRequest:
         for sentence in self.sentence:
             if sentence.count(HOLE) != 1:
                 raise RequestError(f"The sentence {sentence!r} must have {HOLE} once, where the word will stand.")
+
+    def _check_start(self) -> None:
+        if not self.continue_from.strip():
+            return
+        if self.init.strip():
+            raise RequestError("An initial text and an embedding to continue are two starts: leave one of them out.")
+        if self.start is Start.RANDOM:
+            raise RequestError(
+                "An embedding that is continued is the start itself: choose text or pooled as the start."
+            )
 
     @property
     def text(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lib_estimate.errors import EmbeddingFileError
-from lib_estimate.files.embedding import EMBEDDING_SUFFIXES, FORMATS
+from lib_estimate.files.embedding import EMBEDDING_SUFFIXES, FORMATS, IMAGE_SUFFIXES
 
 MAX_NAME_BYTES = 128  # with ".safetensors" or ".preview.png" still below the 143 of an encrypted Linux home
 
@@ -113,11 +113,26 @@ def find_existing(folder: Path, name: str) -> Path | None:
 
     Case doesn't count: to Windows it makes no difference, and neither does it to the tokens webuis match names by.
     """
+    return next(_called(folder, name), None)
+
+
+def find_readable(folder: Path, name: str) -> Path | None:
+    """The same for somebody who wants to read it: a picture of that name, mostly a mere picture, comes last."""
+    return min(_called(folder, name), key=lambda path: path.suffix.lower() in IMAGE_SUFFIXES, default=None)
+
+
+def listed(folder: Path) -> list[str]:
+    """The names of the embedding files in the folder and below, cards left out."""
+    suffixes = set(EMBEDDING_SUFFIXES) - set(IMAGE_SUFFIXES)
+    found = {path.stem for path in _files_below(Path(folder)) if path.suffix.lower() in suffixes}
+    return sorted(found, key=folded)
+
+
+def _called(folder: Path, name: str) -> Iterator[Path]:
     wanted = folded(name)
     for path in _files_below(Path(folder)):
         if path.suffix.lower() in EMBEDDING_SUFFIXES and folded(path.stem) == wanted:
-            return path
-    return None
+            yield path
 
 
 def folded(name: str) -> str:

@@ -145,6 +145,15 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Words:
+    """The words a model knows: each text encoder's token table `[V, width]`, wherever it lies and in its own number
+    format, and how the token of a row is spelled."""
+
+    tables: Mapping[str, Tensor]
+    spelled: Callable[[int], str]
+
+
+@dataclass(frozen=True)
 class StepConditioning:
     """What one sampling step is given: weighted positive parts, and the negative conditioning for CFG."""
 
@@ -237,6 +246,9 @@ class Session(Protocol):
 
     def table_norm(self) -> dict[str, float]:
         """Typical (median) length of a row of each token table."""
+
+    def words(self) -> Words:
+        """The words of the vocabulary."""
 
     def encode(
         self,

@@ -35,6 +35,7 @@ from lib_estimate.hosts.base import (
     Token,
     Trajectory,
     Watch,
+    Words,
     foreign_embedding,
 )
 from lib_estimate.hosts.placement import Placed, Placement
@@ -199,6 +200,10 @@ class StandaloneSession(Placed):
 
     def table_norm(self) -> dict[str, float]:
         return {e.key: e.table.weight.detach().float().norm(dim=1).median().item() for e in self.parts.text_encoders}
+
+    def words(self) -> Words:
+        tables = {encoder.key: encoder.table.weight.detach() for encoder in self.parts.text_encoders}
+        return Words(tables, lambda token: self.parts.tokenizer.decode([token]).strip())
 
     def encode(
         self,

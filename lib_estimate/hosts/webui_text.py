@@ -25,6 +25,7 @@ from lib_estimate.hosts.base import (
     Conditioning,
     PromptPart,
     Token,
+    Words,
     foreign_embedding,
 )
 
@@ -130,6 +131,9 @@ class WebuiText:
 
     def table_norm(self) -> dict[str, float]:
         return {key: engine.table.detach().float().norm(dim=1).median().item() for key, engine in self.engines.items()}
+
+    def words(self) -> Words:
+        return Words({key: engine.table.detach() for key, engine in self.engines.items()}, self._decode)
 
     def encode(
         self,

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 CHECKOUT = Path(__file__).parents[2]
 DEMO_MODEL = CHECKOUT / "tests" / "shapes_sd" / "shapes_sd.safetensors"
 DEMO_PROMPT = "a (small:1.5) red circle to the left of a large blue star"
-SHORT_FLAGS = {"learning_rate": "--lr"}
+SHORT_FLAGS = {"learning_rate": "--lr", "continue_from": "--continue"}
 CONTEXT = (
     "negative",
     "target",
@@ -115,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show what an embedding file holds")
     inspect.add_argument("file", type=Path, metavar="FILE")
+    inspect.add_argument(
+        "--model", default="", help="model whose words the vectors are held against; without it, only lengths are shown"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=show.inspect)
 

@@ -25,6 +25,7 @@ LABELS = {
     "sentence": "The sentence, with {} for the word (one per line)",
     "vectors": "Vectors",
     "init": "Initial text",
+    "continue_from": "Embedding to continue",
     "start": "Start of the vectors",
     "steps": "Learning steps",
     "schedule": "Scheduler",

@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from lib_estimate.errors import EstimateError, PromptSyntaxError
+from lib_estimate.request import ModelOptions
+
+if TYPE_CHECKING:  # torch is slow to load, and `parse` needs none
+    from lib_estimate.files.embedding import Embedding
+    from lib_estimate.report.inside import Look
 
 
 def parse(args: argparse.Namespace) -> int:
@@ -90,19 +96,40 @@ def _parse_table(row: dict[str, Any], decode: Any) -> str:
 
 def inspect(args: argparse.Namespace) -> int:
     from lib_estimate.files import reading
+    from lib_estimate.report import inside
 
     embedding = reading.load(args.file)
-    vectors = {
-        key: {"vectors": rows.shape[0], "width": rows.shape[1], "length": rows.norm(dim=1).mean().item()}
-        for key, rows in embedding.vectors.items()
-    }
+    looks = _beside_words(embedding, args.model) if args.model else inside.lengths(embedding.vectors)
     if args.json:
+        vectors = {key: look.record() for key, look in looks.items()}
         record = {"name": embedding.name, "vectors": vectors, "metadata": embedding.metadata}
         sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         return 0
-    lines = [f"{embedding.name}"]
-    for key, v in vectors.items():
-        lines.append(f"  {key}: {v['vectors']} vectors of width {v['width']}, mean length {v['length']:.3f}")
+    lines = [f"{embedding.name}", *(line for key, look in looks.items() for line in _look_lines(key, look))]
+    if not args.model:
+        lines.append("  Which words these are near, only a model knows: give it as --model.")
     lines += [f"  {key}: {value}" for key, value in embedding.metadata.items()]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _beside_words(embedding: Embedding, model: str) -> dict[str, Look]:
+    from lib_estimate.hosts.standalone import StandaloneHost
+    from lib_estimate.learn.continued import fitting_vectors
+    from lib_estimate.report.inside import look_inside
+
+    # Only token tables are looked at: there is nothing for a GPU to do, and no need for more memory than the file's.
+    host = StandaloneHost(ModelOptions(model=model, device="cpu", dtype="float16"))
+    with host.session() as session:
+        return look_inside(fitting_vectors(embedding, session.info), session.words())
+
+
+def _look_lines(key: str, look: Look) -> Iterator[str]:
+    mean = look.record()["length"]
+    beside = "" if look.typical is None else f"; a typical word's is {look.typical:.3f}"
+    yield f"  {key}: {len(look.vectors)} vectors of width {look.width}, mean length {mean:.3f}{beside}"
+    for number, vector in enumerate(look.vectors, 1):
+        times = "" if look.typical is None else f"  {vector.length / look.typical:6.2f} x"
+        words = ", ".join(f"{word} {cosine:.2f}" for word, cosine in vector.words)
+        yield f"    {number:>3}  length {vector.length:.3f}{times}  {words}".rstrip()
+    yield from (f"  warning: {warning}" for warning in look.warnings())

@@ -32,6 +32,7 @@ from lib_estimate.interfaces.fields import (
     identifier,
     request_from,
 )
+from lib_estimate.interfaces.inside_tab import InsideTab
 from lib_estimate.interfaces.tab_batch import BatchFields, watched
 from lib_estimate.interfaces.view import View, views
 from lib_estimate.job import Outcome, cost_sentence
@@ -109,7 +110,7 @@ class Tab:
     """The components of one tab and what happens between them."""
 
     def __init__(self, shell: Shell) -> None:
-        self.shell = shell
+        self.shell, self.inside = shell, InsideTab(shell)
         self.fields: dict[str, Any] = {}
         self.cancel: Cancel | None = None  # of the run that goes on
         self.batch = BatchFields(shell.styles)
@@ -126,6 +127,7 @@ class Tab:
                 self.batch.lay_out()
                 self._folded("Learning", LEARNING)
                 self._folded("Generations learnt from", GENERATION)
+                self.inside.lay_out()
             with gr.Column(scale=1, elem_id=identifier("results")):
                 self._results()
         self._connect()
@@ -178,7 +180,9 @@ class Tab:
                 value=8, precision=0, label="Number of vectors", visible=not self.shell.live,
                 elem_id=identifier("vector_count"),
             )  # fmt: skip
-        self._field("init")
+        with gr.Row():
+            self._field("init")
+            self._field("continue_from")
 
     def _folded(self, title: str, names: Sequence[str]) -> None:
         with gr.Accordion(title, open=False, elem_id=identifier(title.split()[0].lower())):
@@ -223,6 +227,7 @@ class Tab:
         of_batch = [self.task, self.batch.file, self.batch.ticked, *self.fields.values()]
         self._connect_run(self.estimate, self._run, inputs)
         self._connect_run(self.batch.start, self._run_batch, of_batch)
+        self.inside.connect(**self._alone)
         if not self.shell.live:
             self.restored.click(
                 self._restore, inputs=[self.task], outputs=self.outputs, show_progress="hidden",
@@ -234,6 +239,11 @@ class Tab:
             self._connect_counter(name)
         self._connect_visibility()
         self._connect_name()
+
+    @property
+    def _alone(self) -> dict[str, str]:
+        """What keeps two events from using the model at once, where the program has no queue of its own for that."""
+        return {"concurrency_id": "model"} if self.shell.live else {}
 
     def _connect_run(self, button: Any, run: Callable[..., Iterator[list[Any]]], inputs: list[Any]) -> None:
         """A press of the button runs `run` with a list of what stands in all inputs but the first, the task."""
@@ -248,7 +258,7 @@ class Tab:
             return shown
 
         if self.shell.live:
-            button.click(live, inputs=inputs, outputs=self.outputs, show_progress="hidden")
+            button.click(live, inputs=inputs, outputs=self.outputs, show_progress="hidden", **self._alone)
         else:
             wrapped = self.shell.wrap(through, [gr.update()] * (len(self.outputs) - 1))
             submit = {JS: "embeddingEstimateSubmit"}

@@ -1,4 +1,5 @@
-"""Where the vectors start: from a text's own token vectors, pooled pieces of them, or noise of the same size."""
+"""Where the vectors start: from a text's own token vectors or an embedding's, pooled pieces of them, or noise of the
+same size."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from lib_estimate.errors import RequestError
 from lib_estimate.hosts.base import Session, Vectors
+from lib_estimate.learn.continued import continued, fitting_vectors
 from lib_estimate.request import INIT_TEXT, EstimateRequest, Start
 
 
@@ -15,15 +17,19 @@ def initial_vectors(request: EstimateRequest, session: Session) -> Vectors:
 
     Raises RequestError where N doesn't fit into one chunk of the model's.
     """
-    rows = session.token_vectors(start_text(request, session))
+    origin = continued(request)
+    if origin is None:
+        rows = session.token_vectors(start_text(request, session))
+    else:
+        rows = fitting_vectors(origin.embedding, session.info)
     available = next(iter(rows.values())).shape[0]
     count = wanted_count(request, available, session.info.chunk_length)
     if request.start is Start.RANDOM:
         generator = torch.Generator().manual_seed(request.seed)
         lengths = session.table_norm()
         return {key: random_rows(count, r.shape[1], lengths[key], generator).to(r.device) for key, r in rows.items()}
-    # Beyond a given text come zeros. Beyond the prompt itself comes what fills up a prompt anyway: so the start is the
-    # prompt without its weights, however many vectors there are.
+    # Beyond a given text come zeros. Beyond the prompt itself, or an embedding, comes what fills up a prompt anyway: so
+    # the start is the prompt without its weights, or that embedding, however many vectors there are.
     beyond = {} if request.init.strip() else session.end_vectors()
     fill = pooled if request.start is Start.POOLED else fitted
     return {key: fill(r, count, beyond.get(key)) for key, r in rows.items()}

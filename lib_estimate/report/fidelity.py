@@ -141,6 +141,7 @@ class Court:
         self.finals: dict[str, Tensor] = {}
         self.banks: dict[str, tuple[Target, Bank]] = {}  # of each sentence
         self.suspects: list[str] = []  # sentences that a candidate was worse in, the latest first
+        self.bars: list[Callable[[Fidelity], bool]] = [self.below_plain]  # each tells what is not good enough
 
     def prepare(self) -> Iterator[Progress]:
         """Draws the prompt's pictures, and those of what it is compared with, and measures on their way."""
@@ -193,17 +194,28 @@ class Court:
         )
 
     def worse(self, fidelity: Fidelity) -> bool:
+        """Whether something that could be taken instead would do better."""
+        return any(below(fidelity) for below in self.bars)
+
+    def below_plain(self, fidelity: Fidelity) -> bool:
         """Whether leaving the weights out would do better where the embedding is meant to stand."""
         if self.target.plain is None:
             return False
-        use = self.request.use
-        meant = [s for s in fidelity.sentences if use is Use.ANYWHERE or (use is Use.SENTENCE and s.fitted)]
-        alone = use is not Use.SENTENCE and (
+        alone = self.alone() and (
             (fidelity.recovered or 0) < 0
             or fidelity.error > (fidelity.unweighted_error or math.inf)
             or (fidelity.picture_error or 0) > 1
         )
-        return alone or any(s.worse() for s in meant)
+        return alone or any(s.worse() for s in self.meant(fidelity))
+
+    def alone(self) -> bool:
+        """Whether the embedding is meant to stand alone."""
+        return self.request.use is not Use.SENTENCE
+
+    def meant(self, fidelity: Fidelity) -> list[SentenceError]:
+        """The sentences, as far as they are measured, that the embedding is meant to stand in."""
+        use = self.request.use
+        return [s for s in fidelity.sentences if use is Use.ANYWHERE or (use is Use.SENTENCE and s.fitted)]
 
     def _by_noise(self, embedding: Conditioning) -> Fidelity:
         """The figures of the embedding alone, but for pictures."""

@@ -111,6 +111,20 @@ def test_a_saved_embedding_is_used_by_name(host, tmp_path) -> None:
     assert torch.allclose(states(other, "a bigred circle"), states(host, "a large red circle"), atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", list(Emphasis))
+def test_a_weight_on_a_saved_embedding_is_as_on_the_words_it_stands_for(host, tmp_path, mode) -> None:
+    with host.session() as session:
+        rows = session.token_vectors("large red")
+    writing.save(Embedding("bigred", rows, {}), tmp_path / "bigred.pt")
+    other = with_options(host, emphasis=mode)
+    other.embeddings = tmp_path
+    weighted = states(other, "a (bigred:1.4) circle")
+    assert torch.allclose(weighted, states(with_options(host, emphasis=mode), "a (large red:1.4) circle"), atol=1e-5)
+    does_something = mode in (Emphasis.ORIGINAL, Emphasis.NO_NORM)
+    if mode is not Emphasis.NONE:  # which reads the brackets as text
+        assert torch.allclose(weighted, states(other, "a bigred circle"), atol=1e-5) is not does_something
+
+
 def test_a_trajectory_is_what_ddim_does(host) -> None:
     """The same as diffusers' own pipeline from the same noise."""
     scheduler = DDIMScheduler(

@@ -12,6 +12,7 @@ from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
@@ -39,6 +40,11 @@ class Page:
         field = self.element(name, ":is(textarea, input)")
         field.clear()
         field.send_keys(text)
+
+    def pick(self, name: str, word: str) -> None:
+        """An entry of a menu that can be typed into."""
+        self.until(lambda: self.element(name, "input").is_displayed())
+        self.element(name, "input").send_keys(word, Keys.ENTER)
 
     def choose(self, name: str, word: str) -> None:
         """A radio button by its word."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_estimate.files import reading
+from lib_estimate.files import reading, writing
+from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts import standalone
 from lib_estimate.interfaces import cli
 from lib_estimate.request import EstimateRequest, ModelOptions
@@ -99,6 +100,48 @@ def test_inspect_shows_what_a_file_holds(tmp_path, capsys) -> None:
     assert record["metadata"]["prompt"] == "a (red:1.6) circle"
     assert cli.main(["inspect", str(tmp_path / "out" / "word.pt")]) == 0
     assert "a (red:1.6) circle" in capsys.readouterr().out
+
+
+def test_inspect_without_a_model_shows_lengths_and_says_what_it_cannot(tmp_path, capsys) -> None:
+    torch.save({"<theirs>": torch.tensor([[3.0, 4.0]])}, tmp_path / "theirs.bin")
+    assert cli.main(["inspect", str(tmp_path / "theirs.bin")]) == 0
+    out = capsys.readouterr().out
+    assert "length 5.000" in out
+    assert "only a model knows" in out
+
+
+def test_inspect_with_a_model_shows_the_nearest_words_and_warns(tmp_path, host, capsys) -> None:
+    with host.session() as session:
+        red = session.token_vectors("red")["clip_l"]
+    writing.save(Embedding("word", {"clip_l": torch.cat([red, 30 * red])}, {}), tmp_path / "word.pt")
+    assert cli.main(["inspect", str(tmp_path / "word.pt"), *MODEL]) == 0
+    out = capsys.readouterr().out
+    assert out.count("red 1.00") == 2
+    assert "warning: Far outside what words are: vector 2; " in out
+    assert cli.main(["inspect", str(tmp_path / "word.pt"), *MODEL, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["vectors"]["clip_l"]["rows"]
+    assert [row["far"] for row in rows] == [False, True]
+    assert rows[0]["words"][0][0] == "red"
+
+
+def test_inspect_refuses_a_model_of_other_widths(tmp_path, capsys) -> None:
+    torch.save({"<theirs>": torch.ones(1, 5)}, tmp_path / "theirs.bin")
+    assert cli.main(["inspect", str(tmp_path / "theirs.bin"), *MODEL]) != 0
+    assert "made for another kind of model" in sentence(capsys)
+
+
+def test_continue_is_a_flag(tmp_path, capsys) -> None:
+    assert fit(tmp_path, "--width", "64", "--height", "64") == 0
+    more = ["--continue", "word", "--width", "64", "--height", "64", "--json", "-"]
+    capsys.readouterr()
+    assert fit(tmp_path, *more, name="more") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["step"], record["continued_from"]["name"]) == (6, "word")
+
+
+def test_what_cannot_be_continued_is_said_before_the_model_is_loaded(tmp_path, capsys) -> None:
+    assert fit(tmp_path, "--continue", "nothing", "--model", "nowhere") != 0
+    assert "no embedding 'nothing'" in sentence(capsys)
 
 
 @pytest.mark.parametrize(

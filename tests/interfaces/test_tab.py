@@ -7,11 +7,14 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from lib_estimate.errors import RequestError
-from lib_estimate.files import reading
+from lib_estimate.files import reading, writing
+from lib_estimate.files.embedding import Embedding
 from lib_estimate.interfaces import fields, standalone_tab
 from lib_estimate.interfaces import tab as tab_module
+from lib_estimate.interfaces.inside_tab import InsideTab
 from lib_estimate.request import AUTO_VECTORS, EstimateRequest, ModelOptions, Part, Target, Use
 from tests.conftest import SHAPES_SD
 from tests.interfaces import browser
@@ -268,6 +271,28 @@ def test_styles_are_read_again(host, tmp_path) -> None:
     assert batched.batch._again()["choices"] == ["new"]
 
 
+def test_what_is_inside_is_shown_as_a_table(host, tmp_path) -> None:
+    shell = standalone_tab.StandaloneShell.__new__(standalone_tab.StandaloneShell)
+    shell.folder, shell.model = str(tmp_path), host
+    with host.session() as session:
+        red = session.token_vectors("red")["clip_l"]
+    writing.save(Embedding("word", {"clip_l": torch.cat([red, 30 * red])}, {}), tmp_path / "word.pt")
+    writing.save(Embedding("wide", {"clip_l": torch.ones(1, 5)}, {}), tmp_path / "wide.pt")
+    inside = InsideTab(shell)
+    with tab_module.gr.Blocks():
+        inside.lay_out()
+    assert [value for _, value in inside.name.choices] == ["wide", "word"]
+    table, footer = inside.look("word")
+    assert table.count("<tr") == 3
+    assert table.count("red <small>1.00</small>") == 2
+    assert table.count("<tr class='bad'>") == 1
+    assert "Far outside" in table
+    assert footer == ""
+    for name, said in (("wide", "another kind of model"), ("none", "no embedding"), (None, "Choose"), ("", "Choose")):
+        assert said in inside.look(name)[0]
+    assert not any("<b>" in inside.look("<b>x")[part] for part in (0, 1))
+
+
 @pytest.fixture
 def served(tmp_path) -> Iterator[str]:
     with socket.socket() as free:
@@ -315,6 +340,14 @@ def test_in_a_browser(served, tmp_path) -> None:
         page.click("estimate")
         page.until(lambda: "Saved" in page.text("progress"))
         assert not first.vectors["clip_l"].equal(reading.load(tmp_path / "inbrowser.pt").vectors["clip_l"])
+
+        # The new file is in the list once the folder is read again, and shows what is inside.
+        page.driver.execute_script("arguments[0].querySelector('button, .label-wrap').click()", page.all("inside")[0])
+        page.click("inside_refresh")
+        page.pick("inside_name", "inbrowser")
+        page.click("inside_show")
+        page.until(lambda: "nearest words" in page.text("inside_table"))
+        assert "circle" in page.text("inside_table")
         assert not page.complaints()
 
 

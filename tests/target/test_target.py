@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from lib_estimate.errors import RequestError
+from lib_estimate.files import writing
+from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts.base import compose
+from lib_estimate.hosts.standalone import StandaloneHost
 from lib_estimate.request import Target as Which
 from lib_estimate.target.bank import HELD_OUT, TRAIN, build_bank, latent_noise, noise_under
 from lib_estimate.target.target import build_target
@@ -140,3 +143,28 @@ def test_a_bank_can_take_fewer_steps(session, short) -> None:
     *_, bank = build_bank(session, build_target(request, session), noise, 5.0, steps=4, offset=-0.5)
     assert bank.step.tolist() == [0, 2, 4, 6]
     assert bank.timestep[0] > 750
+
+
+def test_an_embedding_in_the_prompt_is_part_of_the_target_with_its_weight(host, short, tmp_path) -> None:
+    """Vectors that no word has: the target is what the model does under them, and their weight has to be learnt."""
+    other = StandaloneHost.__new__(StandaloneHost)
+    other.__dict__ |= host.__dict__ | {"embeddings": tmp_path}
+    with host.session() as session:
+        red, star = session.token_vectors("red star")["clip_l"]
+    rows = {"clip_l": torch.stack([red + star, red - star])}
+    writing.save(Embedding("oldword", rows, {}), tmp_path / "oldword.pt")
+    request = dataclasses.replace(short, prompt="a (oldword:1.4) circle")
+    with other.session() as session:
+        target, plain = (
+            build_target(dataclasses.replace(request, prompt=p), session) for p in (request.prompt, "a oldword circle")
+        )
+        own = session.token_vectors("a oldword circle")
+        assert torch.equal(own["clip_l"][1:3], rows["clip_l"])
+        with torch.no_grad():
+            assert target.embed(session, own).close_to(plain.single())
+        assert not target.single().close_to(plain.single())
+        assert target.plain[0].positive[0][1].close_to(plain.single())
+        words = build_target(dataclasses.replace(request, prompt="a (red star:1.4) circle"), session)
+        assert not target.single().close_to(words.single())
+    with host.session() as session:  # where nobody knows the embedding its name is plain words
+        assert not build_target(request, session).single().close_to(target.single())

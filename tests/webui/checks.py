@@ -30,6 +30,7 @@ from lib_estimate.learn.objectives.cross_attention import CrossAttention
 from lib_estimate.learn.objectives.denoising import Denoising
 from lib_estimate.learn.objectives.hidden_state import HiddenState
 from lib_estimate.progress import Cancel, Interrupted, Note, StepReport
+from lib_estimate.report.inside import look_inside
 from lib_estimate.request import Part
 from lib_estimate.target.target import build_target
 from tests.webui import checks_traps, webuis
@@ -419,6 +420,28 @@ def check_the_styles_are_listed() -> None:
         assert ("check", "", "blurry") in WebuiShell().styles()
     finally:
         del styles["check"]
+
+
+def check_a_weight_on_a_saved_embedding_is_as_on_the_words_it_stands_for() -> dict[str, float]:
+    """And a look into it finds those words."""
+    texts = ("a (twowords:1.4) circle", "a (large red:1.4) circle", "a twowords circle")
+    with WebuiHost(locked=False).session() as session:
+        rows = {key: r.cpu() for key, r in session.token_vectors("large red").items()}
+    path = Path(WebuiShell().embeddings_folder()) / f"twowords.{'pt' if len(rows) == 1 else 'safetensors'}"
+    writing.save(Embedding(path.stem, rows, {}), path)
+    try:
+        family().refresh_embeddings()
+        with WebuiHost(locked=False).session() as session, torch.no_grad():
+            word, words, plain = (session.encode([text]).hidden for text in texts)
+            looks = look_inside(rows, session.words())
+    finally:
+        path.unlink()
+        family().refresh_embeddings()
+    apart, done = ((other - word).abs().mean().item() for other in (words, plain))
+    assert apart < 0.01 * done, (apart, done)
+    for look in looks.values():
+        assert [vector.words[0][0] for vector in look.vectors] == ["large", "red"], look
+    return {"apart": apart, "done": done}
 
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
