@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,9 +104,9 @@ class A1111:
             "fp8": changed(devices, "fp8", True),
         }
 
-    def without_model(self) -> dict[str, AbstractContextManager]:
-        """States without a model, put in place, from which a run loads the chosen checkpoint."""
-        return {}
+    def without_model(self) -> Sequence[AbstractContextManager[str]]:
+        """States without a model, put in place, from which a run loads the chosen checkpoint; with what each is."""
+        return ()
 
     def after_another_error(self) -> AbstractContextManager[bool]:
         """An error of another job is the last that the webui has seen, if it remembers one."""
@@ -182,24 +182,26 @@ class Forge(Patched):
     def refused(self) -> dict[str, AbstractContextManager]:
         return {"another family": changed(self.loaded(), "is_sd1", False)} if self.loaded().is_sd1 else {}
 
-    def without_model(self) -> dict[str, AbstractContextManager]:
-        return {"before first use": _before_first_use(), "after a failed load": _after_a_failed_load()}
+    def without_model(self) -> Sequence[AbstractContextManager[str]]:
+        return _before_first_use(), _after_a_failed_load()
 
     def after_another_error(self) -> AbstractContextManager[bool]:
         return _after_another_error()
 
 
 @contextmanager
-def _before_first_use() -> Iterator[None]:
+def _before_first_use() -> Iterator[str]:
+    """What is there then counts words in place of tokens."""
     from modules import sd_models
 
     sd_models.model_data.sd_model, sd_models.model_data.forge_hash = sd_models.FakeInitialModel(), ""
-    yield
+    assert sd_models.model_data.sd_model.get_prompt_lengths_on_ui("a_red_circle")[0] == 1
+    yield "before first use"
 
 
 @contextmanager
-def _after_a_failed_load() -> Iterator[None]:
-    """A damaged file was chosen, and then the checkpoint from before again."""
+def _after_a_failed_load() -> Iterator[str]:
+    """A damaged file was chosen, and then the checkpoint from before again. Forge takes it for loaded, and has none."""
     from modules import sd_models
 
     data, file = sd_models.model_data, Path(tempfile.mkdtemp()) / "damaged.safetensors"
@@ -210,8 +212,10 @@ def _after_a_failed_load() -> Iterator[None]:
         sd_models.forge_model_reload()
     except Exception:  # noqa: BLE001 (whatever the webui says of such a file)
         data.forge_loading_parameters = before
-    assert data.sd_model is None
-    yield
+    mistaken = data.forge_hash == str(before)
+    if mistaken:
+        assert sd_models.forge_model_reload()[0] is None
+    yield f"after a failed load{', taken for loaded' if mistaken else ''}"
 
 
 @contextmanager
@@ -221,7 +225,7 @@ def _after_another_error() -> Iterator[bool]:
     except ImportError:
         yield False
         return
-    with changed(main_thread, "last_exception", RuntimeError("of another job")):
+    with changed(main_thread, "last_exception", "RuntimeError: of another job"):
         yield True
 
 
