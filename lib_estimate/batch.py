@@ -10,6 +10,7 @@ import csv
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -224,7 +225,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    kinds = [row.state.partition(":")[0] for row in rows]
+    kinds = [re.split("[:,]", row.state)[0] for row in rows]
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     return f"{len(rows)} lines: {counted}."
 

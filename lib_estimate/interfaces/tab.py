@@ -113,7 +113,7 @@ class Tab:
         self.shell, self.inside = shell, InsideTab(shell)
         self.fields: dict[str, Any] = {}
         self.cancel: Cancel | None = None  # of the run that goes on
-        self.batch = BatchFields(shell.styles)
+        self.batch = BatchFields(shell.styles, shown=not shell.live)
 
     # ---- layout ----
 

@@ -28,8 +28,9 @@ Styles = Sequence[tuple[str, str, str]]
 class BatchFields:
     """The components of the accordion, and what they list."""
 
-    def __init__(self, styles: Callable[[], Styles]) -> None:
-        self.styles = styles
+    def __init__(self, styles: Callable[[], Styles], *, shown: bool) -> None:
+        """shown: whether the program can have styles at all; it may have its first ones later."""
+        self.styles, self.shown = styles, shown
 
     def lay_out(self) -> None:
         with gr.Accordion("Batch", open=False, elem_id=identifier("batch_fold")):
@@ -37,9 +38,9 @@ class BatchFields:
             self.file = gr.File(label="List of prompts", elem_id=identifier("batch_file"))
             names = [name for name, _, _ in self.styles()]
             self.ticked = gr.CheckboxGroup(
-                choices=names, value=[], label="Styles", visible=bool(names), elem_id=identifier("batch_styles")
+                choices=names, value=[], label="Styles", visible=self.shown, elem_id=identifier("batch_styles")
             )
-            self.again = gr.Button("Read the styles again", visible=bool(names), elem_id=identifier("batch_again"))
+            self.again = gr.Button("Read the styles again", visible=self.shown, elem_id=identifier("batch_again"))
             self.start = gr.Button("Estimate all", elem_id=identifier("batch_estimate"))
         self.again.click(self._again, inputs=[], outputs=[self.ticked], queue=False, show_progress="hidden")
 

@@ -110,3 +110,28 @@ def keep(shots: Path) -> None:
     if os.environ.get(SHOTS):
         for shot in shots.glob("*.png"):
             shutil.copy(shot, os.environ[SHOTS])
+
+
+@pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason="no chromium and chromedriver")
+def test_a_batch(real_host: RealHost, tmp_path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("batchday\ta (blue:1.5) square\nbatchbroken\t(a:1.5.2)\n", encoding="utf-8")
+    with browser.page(real_host.url) as page:
+        page.until(lambda: page.driver.find_elements(By.CSS_SELECTOR, "#tabs > .tab-nav > button"))
+        open_tab(page, "Embedding Estimate")
+        page.until(lambda: page.all("estimate")[0].is_displayed())
+        page.choose("use", "As the whole prompt")
+        page.choose("part", "Transformer")
+        use_few(page)
+        page.driver.execute_script(
+            "arguments[0].querySelector('button, .label-wrap').click()", page.all("batch_fold")[0]
+        )
+        page.until(lambda: page.element("batch_file", "input[type=file]"))
+        page.element("batch_file", "input[type=file]").send_keys(str(listed))
+        page.until(lambda: "list" in page.text("batch_file"))
+        page.click("batch_again")
+        page.click("batch_estimate")
+        page.until(lambda: "1 made, 1 failed" in page.text("result"), 300)
+        page.shot(tmp_path / "batch.png")
+        assert not page.complaints()
+    assert (real_host.data / "embeddings" / "batchday.pt").exists()
