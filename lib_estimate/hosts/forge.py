@@ -40,7 +40,17 @@ def loaded() -> ForgeModel:
         raise ModelError(f"This checkpoint is of another family ({kind}). Choose a checkpoint of SD 1, SD 2 or SDXL.")
     if model.is_sdxl and not hasattr(model, "text_processing_engine_l"):
         raise ModelError("This is SDXL's refiner, which only finishes pictures. Choose an SDXL base checkpoint.")
+    if any(patcher.has_online_lora() for patcher in _patchers(model) if hasattr(patcher, "has_online_lora")):
+        raise ModelError(
+            "LoRAs are put into the weights anew at every use, and nothing can be learnt through that. Choose an entry "
+            "without (fp16 LoRA) under Diffusion in Low Bits, and make a picture with the LoRA again."
+        )
     return ForgeModel(model)
+
+
+def _patchers(model: Any) -> list[Any]:
+    objects = model.forge_objects_after_applying_lora
+    return [objects.unet, objects.clip.patcher]
 
 
 def _chosen() -> Any:
