@@ -101,15 +101,22 @@ class Recomputed:
     """Gradient checkpointing (Chen et al. 2016): the U-Net's blocks keep only what enters them, and run again for the
     gradient. About a third slower, for a fraction of the memory. `restore` puts the blocks' own methods back.
 
-    `prepare` is called with a block before each of its runs, the second one for the gradient included.
+    `prepare` is called with a block before each of its runs, the second one for the gradient included. adds_in_place:
+    the blocks add to their own input, as Forge's do, and must be run again from what they were given.
     """
 
-    def __init__(self, unet: nn.Module, prepare: Callable[[nn.Module], None] | None = None) -> None:
+    def __init__(
+        self, unet: nn.Module, prepare: Callable[[nn.Module], None] | None = None, adds_in_place: bool = False
+    ) -> None:
         self.blocks = blocks_of(unet)
         self.before = [vars(block).get("forward") for block in self.blocks]
         for block in self.blocks:
             forward = block.forward if prepare is None else partial(self._prepared, prepare, block, block.forward)
-            block.forward = partial(self._run, forward)
+            block.forward = partial(self._run, partial(self._of_a_clone, forward) if adds_in_place else forward)
+
+    @staticmethod
+    def _of_a_clone(forward: Callable[..., Tensor], x: Tensor, *given: Any, **named: Any) -> Tensor:
+        return forward(x.clone(), *given, **named)
 
     @staticmethod
     def _prepared(
@@ -126,8 +133,7 @@ class Recomputed:
     def _run(forward: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(*given, **named)
-        # Of a clone: in Forge a block adds to its own input, and would be run again from what it had made of it.
-        return checkpoint(lambda x, *rest: forward(x.clone(), *rest, **named), *given, use_reentrant=False)
+        return checkpoint(forward, *given, use_reentrant=False, **named)
 
     def restore(self) -> None:
         for block, before in zip(self.blocks, self.before, strict=True):

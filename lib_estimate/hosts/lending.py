@@ -100,6 +100,8 @@ class Managed(Placement):
     Views stand in for the weights from then on, until something else is needed.
     """
 
+    adds_in_place = True
+
     def __init__(
         self,
         text: Sequence[nn.Module],

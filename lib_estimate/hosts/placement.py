@@ -49,6 +49,8 @@ class Placement:
     of other classes than torch's own, as quantised ones are.
     """
 
+    adds_in_place = False  # see `Recomputed`
+
     def __init__(
         self,
         text: Sequence[nn.Module],
@@ -110,7 +112,7 @@ class Placement:
         """See `base.Session.save_memory`."""
         if self._recomputed is not None:
             return False
-        self._recomputed = Recomputed(self.unet)
+        self._recomputed = Recomputed(self.unet, adds_in_place=self.adds_in_place)
         return True
 
     @property

@@ -362,7 +362,7 @@ def check_a_lora_of_the_last_picture_is_learnt_with() -> dict[str, Any]:
     """It is active in the webui until a picture is made without it."""
     from modules import extra_networks, shared
 
-    if "lora" not in extra_networks.extra_network_registry:
+    if "lora" not in getattr(extra_networks, "extra_network_registry", {}):
         return {"loras": False}  # the stand-ins have none
     import networks  # of the webui's own extension
 
@@ -408,7 +408,7 @@ def check_an_embedding_of_another_model_is_said_before_the_run() -> dict[str, An
     return {}
 
 
-def check_the_styles_are_listed() -> None:
+def check_the_styles_are_listed() -> dict[str, Any]:
     """With what is missing empty, as in the dividers that the webui puts between files of styles."""
     from types import SimpleNamespace
 
@@ -420,6 +420,7 @@ def check_the_styles_are_listed() -> None:
         assert ("check", "", "blurry") in WebuiShell().styles()
     finally:
         del styles["check"]
+    return {}
 
 
 def check_a_weight_on_a_saved_embedding_is_as_on_the_words_it_stands_for() -> dict[str, float]:
