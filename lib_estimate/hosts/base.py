@@ -97,11 +97,6 @@ class Conditioning:
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)
         return Conditioning(self.hidden.expand(count, -1, -1), pooled)
 
-    def followed_by(self, other: Conditioning) -> Conditioning:
-        """The rows of both."""
-        pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])
-        return Conditioning(torch.cat([self.hidden, other.hidden]), pooled)
-
     def same_as(self, other: Conditioning) -> bool:
         """Whether the U-Net is told the same."""
         if (self.pooled is None) != (other.pooled is None):

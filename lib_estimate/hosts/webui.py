@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from modules import devices, lowvram, processing, sd_hijack, sd_unet, shared
+from modules import devices, processing, sd_hijack, sd_unet, shared
 from torch import Tensor, nn
 
 from lib_estimate.errors import ModelError
@@ -125,6 +125,8 @@ class WebuiModel:
 def _by_hand(model: nn.Module) -> Iterator[None]:
     """--medvram and --lowvram send a network, or a block of one, to the GPU when it runs and the one before to main
     memory, which a gradient can't follow. Here all of them begin in main memory, and nothing of that goes on."""
+    from modules import lowvram  # not at the top: Forge Classic has none
+
     lowvram.send_everything_to_cpu()
     taken = [
         (module._forward_pre_hooks, key, hook)
