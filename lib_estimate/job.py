@@ -237,7 +237,7 @@ def _report(
         fidelity = yield from _against_plain(*given)
     else:
         fidelity = yield from _against_file(*given, origin.embedding.name)
-    worse = [s.sentence for s in fidelity.sentences if s.worse()]
+    worse = [s.text for s in fidelity.sentences if s.worse()]
     if worse and request.use is not Use.WHOLE:
         yield Note(f"In sentences such as {worse[0]!r} the prompt without its weights comes closer than the embedding.")
     return fidelity

@@ -112,6 +112,11 @@ class EstimateRequest:
     name: str = _field("", "name of the embedding: the word to use in prompts, and the file's name")
     negative: str = _field("", "the negative prompt")
     target: Target = _field(Target.PROMPT, "which of the two becomes the embedding")
+    beside: tuple[str, ...] = _field(
+        (),
+        "with --target negative: prompts that it will stand beside, the prompt itself being one already. May be given "
+        "again. Where they are fewer than four, plain ones are added",
+    )
     part: Part = _field(
         Part.AUTO,
         "what has to match. auto: picks by itself what works best. cross-attention: what the text brings about in the "

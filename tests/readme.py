@@ -30,6 +30,7 @@ JAPANESE = {
     "name": "埋め込みの名前。プロンプトで使う単語であり、ファイル名でもある",
     "negative": "ネガティブプロンプト",
     "target": "二つのうちどちらを埋め込みにするか",
+    "beside": "--target negative のとき: ネガティブプロンプトと一緒に使うプロンプト (prompt はすでにその一つ)。複数回指定できる。四つより少なければ、普通のものが加わる",
     "part": "何を一致させるか。auto: 最も良い方法を自動で選ぶ。cross-attention: U-Net の cross-attention 層でテキストがもたらす出力。速い。unet: 予測されるノイズ。遅いが正確。transformer: テキストエンコーダーの隠れ状態だけ。速いが強調は運べない",
     "effort": "part auto の記録と学習にかけてよい計算量。quick: 画像 3 枚分、normal: 10 枚分、best: 75 枚分",
     "use": "単語をどこで使うか。anywhere: いろいろなプロンプトの中で。whole: プロンプト全体、またはネガティブプロンプト全体として。sentence: 指定した文の中で",

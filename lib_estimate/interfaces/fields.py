@@ -20,6 +20,7 @@ LABELS = {
     "name": "Name of the embedding",
     "overwrite": "Overwrite an existing embedding of this name",
     "format": "File format",
+    "beside": "Prompts that the negative one will stand beside (one per line)",
     "part": "Training part",
     "use": "Where will you use it?",
     "sentence": "The sentence, with {} for the word (one per line)",

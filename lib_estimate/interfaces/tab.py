@@ -39,6 +39,7 @@ from lib_estimate.job import Outcome, cost_sentence
 from lib_estimate.progress import Cancel
 from lib_estimate.report.fidelity import REFERENCES, result_sentence
 from lib_estimate.request import INIT_TEXT, EstimateRequest, Use
+from lib_estimate.request import Target as Which
 
 log = logging.getLogger(__name__)
 JS = "_js" if gr.__version__.startswith("3.") else "js"
@@ -148,7 +149,9 @@ class Tab:
             )  # fmt: skip
             self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
             self.count[name] = gr.Button(visible=False, elem_id=identifier(f"{name}_count"))
-        self._field("target")
+        target, beside = self._field("target"), self._field("beside")
+        # A webui may put remembered values in later, so there what hangs on them begins visible.
+        beside.visible = not self.shell.live or target.value == WORDS[Which.NEGATIVE.value]
 
     def _saving(self) -> None:
         with gr.Row():
@@ -169,7 +172,6 @@ class Tab:
         self._field("effort")
         use = self._field("use")
         sentence = self._field("sentence")
-        # A webui may put remembered values in later, so there these two begin visible.
         sentence.visible = not self.shell.live or use.value == WORDS[Use.SENTENCE.value]
         with gr.Row():
             self.fields["vectors"] = gr.Radio(
@@ -278,6 +280,7 @@ class Tab:
     def _connect_visibility(self) -> None:
         for source, shown, when in (
             ("use", "sentence", WORDS[Use.SENTENCE.value]),
+            ("target", "beside", WORDS[Which.NEGATIVE.value]),
             ("vectors", "vector_count", COUNTS[NUMBER]),
         ):
             self.fields[source].change(

@@ -31,7 +31,7 @@ BEGINS = {
     "Noise": 0.83,
     "Pictures (embedding)": 0.86,
 }
-SAME = {"Pictures (empty)": "Pictures (unweighted)"}
+SAME = {"Pictures (empty)": "Pictures (unweighted)", "Other prompts": "Sentences"}
 ENDS = dict(zip(BEGINS, [*list(BEGINS.values())[1:], 1.0], strict=True))
 
 

@@ -19,30 +19,44 @@ from torch import Tensor
 from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts.base import Conditioning, Network, Session, StepConditioning, Trajectory
 from lib_estimate.request import EstimateRequest, Use
-from lib_estimate.target import sentences
-from lib_estimate.target.bank import PICTURES, Bank, bank_of, bank_under, latent_noise, noise_under
+from lib_estimate.request import Target as Which
+from lib_estimate.target import besides, sentences
+from lib_estimate.target.bank import (
+    HELD_OUT,
+    PICTURES,
+    Bank,
+    bank_of,
+    bank_under,
+    build_bank,
+    latent_noise,
+    noise_under,
+)
 from lib_estimate.target.error import recovered_share, share_of_empty, squared
 from lib_estimate.target.target import Target, build_target
 
 LEVELS = 8  # noise levels of a generation that are measured at
 SEEDS = 2  # generations measured on where no pictures are drawn
 SENTENCES, SENTENCE_LATENTS = 6, 4  # and how many latents each is measured on
+BESIDE_STEPS = 5  # of the generation beside each prompt that a negative embedding is measured on
 LITTLE = 0.8  # share of the unweighted error from which on a sentence is said to carry little
 
 REFERENCES = {"unweighted": "without weights", "empty": "empty prompt"}  # what pictures are compared with, in words
+
+CHANGING = {"unweighted": "the weights change", "empty": "the prompt changes"}
 
 Progress = tuple[str, int, int]  # phase, done, total
 
 
 @dataclass(frozen=True)
-class SentenceError:
-    """The error of the embedding in one sentence, and that of the prompt without its weights there."""
+class ErrorThere:
+    """The error of the embedding in one sentence, or beside one prompt, and that of the prompt without its weights
+    there."""
 
-    sentence: str
+    text: str  # of the sentence, or of the prompt on the other side of CFG
     error: float  # weighted by what moves the picture, as a share of the empty prompt's
     unweighted_error: float | None
     share: float | None  # of the unweighted prompt's pooled error: below 1 is better than leaving the weights out
-    fitted: bool  # whether the embedding was made for this very sentence
+    fitted: bool  # whether the embedding was made for this very text
 
     def worse(self) -> bool:
         """Whether the prompt without its weights comes closer, by either way of counting."""
@@ -58,12 +72,13 @@ class Fidelity:
     error: float  # 0: the U-Net does the same as under the prompt; 1: as far away as under an empty prompt
     unweighted_error: float | None  # the same for the prompt without its weights
     recovered: float | None  # share of the emphasis the embedding carries at single steps
-    sentences: tuple[SentenceError, ...]
+    sentences: tuple[ErrorThere, ...]
     pixel_difference: float | None  # mean absolute difference of the pictures, 0 to 1
     unweighted_pixel_difference: float | None
     pictures: dict[str, Tensor] = field(repr=False)  # "prompt", "embedding", reference -> [B, 3, H, W] in 0..1
     picture_errors: tuple[float, ...] = ()  # picture by picture
     unweighted_noise: float | None = None  # as unweighted_error, but with all noise levels alike: a curve's own scale
+    beside: tuple[ErrorThere, ...] = ()  # of a negative embedding: beside the user's prompts and beside others
     taken: int = 0  # which of the candidates was measured last and so is meant
 
     def figures(self) -> dict[str, Any]:
@@ -75,33 +90,41 @@ class Fidelity:
             "error": self.error,
             "unweighted_error": self.unweighted_error,
             "recovered": self.recovered,
-            "sentence_error": self.sentence_error(fitted=False),
-            "fitted_sentence_error": self.sentence_error(fitted=True),
+            "sentence_error": median_and_worst(self.sentences, fitted=False),
+            "fitted_sentence_error": median_and_worst(self.sentences, fitted=True),
             "sentences": [asdict(s) for s in self.sentences],
+            "beside_error": median_and_worst(self.beside, fitted=True),
+            "other_beside_error": median_and_worst(self.beside, fitted=False),
+            "beside": [asdict(s) for s in self.beside],
             "pixel_difference": self.pixel_difference,
             "unweighted_pixel_difference": self.unweighted_pixel_difference,
         }
 
-    def sentence_error(self, fitted: bool) -> dict[str, float] | None:
-        """Median and worst share over the sentences the embedding was made for, or over the others."""
-        shares = [s.share for s in self.sentences if s.share is not None and s.fitted is fitted]
-        return {"median": median(shares), "worst": max(shares)} if shares else None
+
+def median_and_worst(there: Sequence[ErrorThere], fitted: bool) -> dict[str, float] | None:
+    """Of what is left where the embedding was made for the text, or else elsewhere: of the unweighted prompt's error,
+    or of the empty prompt's where there are no weights."""
+    shares = [one.error if one.share is None else one.share for one in there if one.fitted is fitted]
+    return {"median": median(shares), "worst": max(shares)} if shares else None
 
 
 def exact(target: Target, chosen: Sequence[str]) -> Fidelity:
     """The figures of vectors that are the prompt's own tokens: no difference anywhere, and nothing to draw."""
-    said = tuple(SentenceError(sentence, 0.0, None, None, False) for sentence in chosen)
+    said = tuple(ErrorThere(sentence, 0.0, None, None, False) for sentence in chosen)
     return Fidelity(0.0, "empty", 0.0, None, None, said, None, None, {})
 
 
 def report_sentences(request: EstimateRequest) -> tuple[str, ...]:
     """The sentences a report is made of: those the user gave, or caption-like ones that depend on the seed only.
 
-    With --use sentence the user's are learnt from, and the report has others besides.
+    With --use sentence the user's are learnt from, and the report has others besides. A whole negative prompt is judged
+    beside prompts instead.
     """
     given = request.sentence
     if given and request.use is not Use.SENTENCE:
         return given
+    if request.target is Which.NEGATIVE and request.use is Use.WHOLE:
+        return ()  # it is the whole negative prompt: what counts is what stands beside it
     rng, found = Random(f"report {request.seed}"), dict[str, None]()
     while len(found) < SENTENCES:
         sentence = sentences.caption_like(rng)
@@ -140,6 +163,7 @@ class Court:
         self.reference = "empty" if target.plain is None else "unweighted"
         self.finals: dict[str, Tensor] = {}
         self.banks: dict[str, tuple[Target, Bank]] = {}  # of each sentence
+        self.beside: dict[str, Bank] = {}  # of each prompt that a negative one is measured beside
         self.suspects: list[str] = []  # sentences that a candidate was worse in, the latest first
         self.bars: list[Callable[[Fidelity], bool]] = [self.below_plain]  # each tells what is not good enough
 
@@ -159,6 +183,22 @@ class Court:
         for number, sentence in enumerate(self.chosen):
             yield "Sentences", number, len(self.chosen)
             self.banks[sentence] = inside[sentence], bank_under(self.session, shared, inside[sentence])
+        yield from self._record_beside()
+
+    def _record_beside(self) -> Iterator[Progress]:
+        """A short generation beside each prompt, on the way of which a negative embedding is measured."""
+        if not self.target.negative:
+            return
+        texts = (*besides.own(self.request), *besides.others(self.request))
+        self.session.place(Network.TEXT)
+        targets = {text: build_target(self.request, self.session, beside=text) for text in texts}
+        self.session.place(Network.UNET)
+        noise = latent_noise(self.request, self.session, HELD_OUT, 1)
+        for number, (text, target) in enumerate(targets.items()):
+            yield "Other prompts", number, len(targets)
+            *_, self.beside[text] = build_bank(
+                self.session, target, noise, self.request.cfg_scale, steps=min(BESIDE_STEPS, len(target.guidance))
+            )
 
     def judge(self, vectors: Vectors, pictures_anyway: bool) -> Iterator[Progress]:
         """The Fidelity of vectors; None where they are worse by noise already, unless pictures are wanted anyway."""
@@ -169,7 +209,10 @@ class Court:
         self.session.place(Network.UNET)
         yield "Noise", 0, 1
         fidelity = self._by_noise(embedding)
-        measured: dict[str, SentenceError] = {}
+        fidelity = replace(fidelity, beside=tuple(self._beside(embedding)))
+        if not pictures_anyway and self.worse(fidelity):
+            return None
+        measured: dict[str, ErrorThere] = {}
         # Where the candidate before was worse this one may be, too: one look there saves the looks elsewhere.
         for sentence in dict.fromkeys([*self.suspects, *self.banks]):
             measured[sentence] = self._in_sentence(sentence, embedded[sentence])
@@ -212,10 +255,12 @@ class Court:
         """Whether the embedding is meant to stand alone."""
         return self.request.use is not Use.SENTENCE
 
-    def meant(self, fidelity: Fidelity) -> list[SentenceError]:
-        """The sentences, as far as they are measured, that the embedding is meant to stand in."""
-        use = self.request.use
-        return [s for s in fidelity.sentences if use is Use.ANYWHERE or (use is Use.SENTENCE and s.fitted)]
+    def meant(self, fidelity: Fidelity) -> list[ErrorThere]:
+        """The sentences, as far as they are measured, that the embedding is meant to stand in, and the prompts that a
+        negative one is meant to stand beside."""
+        use, sentences = self.request.use, fidelity.sentences
+        beside = fidelity.beside if self.alone() else ()
+        return [*beside, *(s for s in sentences if use is Use.ANYWHERE or (use is Use.SENTENCE and s.fitted))]
 
     def _by_noise(self, embedding: Conditioning) -> Fidelity:
         """The figures of the embedding alone, but for pictures."""
@@ -238,16 +283,22 @@ class Court:
             pictures={},
         )
 
+    def _in_sentence(self, sentence: str, embedded: Conditioning) -> ErrorThere:
+        fitted = self.request.use is Use.SENTENCE and sentence in self.request.sentence
+        return self._there(sentence, self.banks[sentence][1], embedded, fitted)
+
+    def _beside(self, embedding: Conditioning) -> Iterator[ErrorThere]:
+        own = besides.own(self.request)
+        return (self._there(text, bank, embedding, text in own) for text, bank in self.beside.items())
+
     @torch.no_grad()
-    def _in_sentence(self, sentence: str, embedded: Conditioning) -> SentenceError:
-        bank = self.banks[sentence][1]
-        eps = noise_under(self.session, bank.x, bank.timestep, embedded)
+    def _there(self, text: str, bank: Bank, conditioning: Conditioning, fitted: bool) -> ErrorThere:
+        eps = noise_under(self.session, bank.x, bank.timestep, conditioning)
         unweighted = share = None
         if bank.plain is not None:
             unweighted = share_of_empty(bank.plain, bank, weighted=True)
             share = squared(eps, bank, weighted=False) / max(squared(bank.plain, bank, weighted=False), 1e-30)
-        fitted = self.request.use is Use.SENTENCE and sentence in self.request.sentence
-        return SentenceError(sentence, share_of_empty(eps, bank, weighted=True), unweighted, share, fitted)
+        return ErrorThere(text, share_of_empty(eps, bank, weighted=True), unweighted, share, fitted)
 
     def _draw(self, name: str, guidance: tuple[StepConditioning, ...]) -> Iterator[Progress]:
         noise = latent_noise(self.request, self.session, PICTURES, self.request.images or SEEDS)
@@ -284,27 +335,37 @@ def _difference(pictures: dict[str, Tensor], name: str) -> float | None:
 def result_sentence(fidelity: Fidelity, name: str) -> str:
     """The figures in words."""
     lines = [*_pictures_in_words(fidelity, name), *_steps_in_words(fidelity)]
-    for fitted, where in ((True, "In the sentences it was made for"), (False, "In other sentences")):
-        shares = fidelity.sentence_error(fitted)
-        if shares and shares["median"] > 1:
-            lines.append(f"{where} it does worse than leaving the weights out: keep it to what it was made for.")
-        elif shares:
-            lines.append(
-                f"{where} {100 * shares['median']:.0f}% of what the weights change is left (median; worst "
-                f"{100 * shares['worst']:.0f}%; above 100% is worse than leaving the weights out)."
-            )
-    others = fidelity.sentence_error(False)
-    weak = [s.sentence for s in fidelity.sentences if s.share is not None and s.share > LITTLE]
+    for there, fitted, where in (
+        (fidelity.beside, True, "Beside your prompts"),
+        (fidelity.beside, False, "Beside prompts it was not learnt with"),
+        (fidelity.sentences, True, "In the sentences it was made for"),
+        (fidelity.sentences, False, "In other sentences"),
+    ):
+        shares = median_and_worst(there, fitted)
+        if shares:
+            lines.append(_shares_in_words(where, shares, CHANGING[fidelity.reference]))
+    others = median_and_worst(fidelity.sentences, fitted=False)
+    weak = [s.text for s in fidelity.sentences if s.share is not None and s.share > LITTLE]
     if weak and others and others["median"] <= 1:
         lines.append(f"It carries little in sentences such as {weak[0]!r}.")
     return "\n".join(lines)
 
 
+def _shares_in_words(where: str, shares: dict[str, float], changing: str) -> str:
+    if shares["median"] > 1:
+        return f"{where} it does worse than leaving the weights out: keep it to what it was made for."
+    worse = "; above 100% is worse than leaving the weights out" if changing == CHANGING["unweighted"] else ""
+    return (
+        f"{where} {_percent(shares['median'])} of what {changing} is left (median; worst "
+        f"{_percent(shares['worst'])}{worse})."
+    )
+
+
 def _pictures_in_words(fidelity: Fidelity, name: str) -> Iterator[str]:
     if fidelity.picture_error is None:
         return
-    what = "the weights change" if fidelity.reference == "unweighted" else "the prompt changes"
-    text = f"{name}: of what {what} in the finished pictures, {_percent(fidelity.picture_error)} is left (picture error"
+    what, left = CHANGING[fidelity.reference], _percent(fidelity.picture_error)
+    text = f"{name}: of what {what} in the finished pictures, {left} is left (picture error"
     if len(fidelity.picture_errors) > 1:
         text += f"; picture by picture {', '.join(map(_percent, fidelity.picture_errors))}"
     yield text + ")."

@@ -12,6 +12,7 @@ from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts.base import Conditioning, PromptPart, Session, StepConditioning
 from lib_estimate.request import HOLE, EstimateRequest
 from lib_estimate.request import Target as Which
+from lib_estimate.target import besides
 
 PartConditionings = list[tuple[PromptPart, dict[str, Conditioning]]]
 
@@ -57,10 +58,13 @@ class Target:
 
 
 @torch.no_grad()
-def build_target(request: EstimateRequest, session: Session, sentence: str = HOLE) -> Target:
-    """Encodes the prompts of a request, in a sentence, once for every step where they change."""
+def build_target(request: EstimateRequest, session: Session, sentence: str = HOLE, beside: str = "") -> Target:
+    """Encodes the prompts of a request, in a sentence, once for every step where they change.
+
+    beside: the prompt that a negative one stands beside; blank: the first that it is learnt beside.
+    """
     steps, is_negative = request.sampling_steps, request.target is Which.NEGATIVE
-    texts = [request.prompt, request.negative]
+    texts = [(beside or besides.learnt(request)[0]) if is_negative else request.prompt, request.negative]
     texts[is_negative] = sentence.replace(HOLE, request.text)
     positive, negative = session.read(texts[0], steps), session.read(texts[1], steps, negative=True)
     frame = _frame(session, sentence, is_negative)

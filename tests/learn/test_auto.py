@@ -62,7 +62,7 @@ def test_for_one_sentence_it_is_best_there(host, short) -> None:
     )
     outcome = run(request, host)
     assert outcome.record["fitted_sentence_error"]["median"] < 0.8
-    assert [s.sentence for s in outcome.fidelity.sentences if s.fitted] == [sentence]
+    assert [s.text for s in outcome.fidelity.sentences if s.fitted] == [sentence]
     assert outcome.record["sentence_error"] is not None
 
 
