@@ -23,9 +23,10 @@ from lib_estimate.files import names, reading
 from lib_estimate.files.embedding import Embedding
 from lib_estimate.files.lists import Line
 from lib_estimate.hosts.base import Host, ModelInfo
-from lib_estimate.job import Outcome, Progress, check_destination, estimate
+from lib_estimate.job import Outcome, Progress, check_destination
 from lib_estimate.progress import Cancel, Interrupted
 from lib_estimate.request import EstimateRequest
+from lib_estimate.words import estimate, first_name
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def _checked(lines: Sequence[Line]) -> dict[int, Embedding]:
 
 def _made_before(request: EstimateRequest) -> Embedding | None:
     """The embedding that this very request made; EstimateError where its name is taken by something else."""
-    path = check_destination(replace(request, overwrite=True))
+    path = check_destination(replace(request, name=first_name(request), overwrite=True))
     if not path.exists():
         return None
     with suppress(EstimateError):  # what can't be read is something else

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,13 @@ from lib_estimate.learn.initial import initial_vectors, wanted_count
 from lib_estimate.learn.learning import Run, learn
 from lib_estimate.learn.needs import Case
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
-from lib_estimate.report.against_file import Kept, measure_continued
+from lib_estimate.report.against_start import Kept, measure_against
 from lib_estimate.report.fidelity import Court, Fidelity, exact, measure, report_sentences
 from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Start, Use
-from lib_estimate.target.recording import materials_of
+from lib_estimate.request import Target as Which
+from lib_estimate.target.recording import Material, materials_of
 from lib_estimate.target.target import Target, build_target
+from lib_estimate.target.texts import put_together, texts_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,13 @@ class Outcome:
     fidelity: Fidelity
     losses: list[float]
     record: dict[str, Any]  # all of it as plain values, for JSON
+    written: dict[str, str]  # what to write now as the "prompt" and the "negative prompt", as far as it has changed
+    others: tuple[Path, ...] = ()  # where several words were made: the files of those after the first
+
+    @property
+    def title(self) -> str:
+        """What the result is called in words and pictures: the name, or all that is to be written."""
+        return " / ".join(self.written.values())
 
 
 Progress = Phase | Note | StepReport | Outcome
@@ -54,8 +64,8 @@ STAYED = (
 )
 OWN_TOKENS = "The prompt has no weights, so its own tokens are exact"
 SAYS_THE_SAME = "The embedding that is continued says exactly what the prompt says"
-FILE_KEPT = "Nothing learnt did as well everywhere as {name} did before, so its vectors are kept as they were."
-FILE_BACK = (
+START_KEPT = "Nothing learnt did as well everywhere as {name} did before, so its vectors are kept as they were."
+START_BACK = (
     "As learnt, the vectors did worse somewhere than {name}, or than leaving the weights out, so they go {share:.0f}% "
     "of the way that was learnt."
 )
@@ -63,6 +73,11 @@ FILE_POOR = (
     "{name} itself does worse somewhere than leaving the weights out, so what was learnt is held against the prompt "
     "without its weights instead."
 )
+TOO_MUCH = (
+    "The prompt is {texts} texts, at different steps or composed with AND, and one word holds them only so far "
+    "({why}). A word for each of them holds them all: --stages makes them, to be written as {paste}."
+)
+TOO_FAR = 0.05  # error from which on that is said
 LEAVE_IT_OUT = "The prompt has no weights, so its own tokens would be exact: nothing has to be continued for it."
 BACK = (0.75, 0.5, 0.25, 0.0)  # shares of the way from the start, tried where the whole way is worse than the start
 
@@ -81,31 +96,19 @@ class Bill:
 def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None) -> Iterator[Progress]:
     """Runs one estimate. Raises EstimateError with a sentence for the user."""
     cancel, started = cancel or Cancel(), time.perf_counter()
-    path, origin = check_destination(request), continued(request)
+    origin = continued(request)
+    check_destination(request)
     with host.session() as session:
-        path = _for_model(path, request, session.info)
-        _check_size(request, session.info)
-        yield from _notes(request, session, origin)
+        path = destination(request, session.info)
+        yield from notes_on(request, session, origin)
         session.place(Network.TEXT)
         alone, bill = build_target(request, session), Bill(session)
-        if _own_tokens_do(request, session, alone):
-            yield Note(f"{OWN_TOKENS if origin is None else SAYS_THE_SAME}: there is nothing to learn.")
-            start, counts = initial_vectors(request, session), {}
-            run, chosen = Run(start, [], [], "the start is exact"), ()
-        else:
-            if origin is not None and _own_tokens_do(replace(request, continue_from=""), session, alone):
-                yield Note(LEAVE_IT_OUT)
-            yield from _arrange(request, session, alone)
-            materials = yield from materials_of(request, session, alone, cancel)
-            bill.charge("recording")
-            start, counts = yield from starting_vectors(request, session, materials, cancel)
-            run = yield from learn(request, session, materials, start, cancel)
-            bill.charge("learning")
-            chosen = report_sentences(request)
+        run, start, counts = yield from learnt(request, session, alone, cancel, bill)
+        chosen = report_sentences(request) if run.stages else ()
         if cancel.wanted == "discard":
             raise Interrupted("Interrupted. Nothing was saved.")
 
-        facts = _facts(request, session.info, run, counts, origin)
+        facts = facts_of(request, session.info, run, counts, origin)
         try:
             fidelity = yield from _report(request, session, alone, run, start, chosen, origin)
         except BaseException:  # whatever stops the report, what was learnt must not be lost
@@ -115,9 +118,39 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
         embedding = Embedding(path.stem, run.best, {**facts, **fidelity.figures(), "forwards": bill.forwards})
         writing.save(embedding, path, overwrite=request.overwrite)
         seconds = time.perf_counter() - started
-        record = _record(request, path, session.info, run, counts, fidelity, seconds) | {"forwards": bill.forwards}
+        record = record_of(request, path, session.info, run, counts, fidelity, seconds) | {"forwards": bill.forwards}
         record |= {} if origin is None else origin.facts() | {"step": facts["step"]}
-    yield Outcome(path, embedding, fidelity, run.losses, record)
+    side = "negative prompt" if alone.negative else "prompt"
+    yield Outcome(path, embedding, fidelity, run.losses, record, {side: path.stem})
+
+
+def learnt(
+    request: EstimateRequest,
+    session: Session,
+    alone: Target,
+    cancel: Cancel,
+    bill: Bill,
+    materials: list[Material] | None = None,
+) -> Iterator[Progress]:
+    """The Run of one word, the vectors it started from, and the errors by number of vectors where that was tried.
+
+    materials: what was recorded of it already.
+    """
+    origin = continued(request)
+    if own_tokens_do(request, session, alone):
+        yield Note(f"{OWN_TOKENS if origin is None else SAYS_THE_SAME}: there is nothing to learn.")
+        start = initial_vectors(request, session)
+        return Run(start, [], [], "the start is exact"), start, {}
+    if origin is not None and own_tokens_do(replace(request, continue_from=""), session, alone):
+        yield Note(LEAVE_IT_OUT)
+    if materials is None:
+        yield from arrange(request, session, alone)
+        materials = yield from materials_of(request, session, alone, cancel)
+        bill.charge("recording")
+    start, counts = yield from starting_vectors(request, session, materials, cancel)
+    run = yield from learn(request, session, materials, start, cancel)
+    bill.charge("learning")
+    return run, start, counts
 
 
 def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
@@ -161,8 +194,11 @@ def check_destination(request: EstimateRequest) -> Path:
     return existing
 
 
-def _for_model(path: Path, request: EstimateRequest, info: ModelInfo) -> Path:
-    """The file's place once the model is known: SDXL's two kinds of vectors go into safetensors only."""
+def destination(request: EstimateRequest, info: ModelInfo) -> Path:
+    """Where the file will be, and refuses what doesn't fit the model: SDXL's two kinds of vectors go into safetensors
+    only."""
+    path = check_destination(request)
+    _check_size(request, info)
     pt = path.suffix.lower() == f".{Format.PT.value}"
     if len(info.widths) == 1 or not pt:
         return path
@@ -181,7 +217,7 @@ def _check_size(request: EstimateRequest, info: ModelInfo) -> None:
             )
 
 
-def _notes(request: EstimateRequest, session: Session, origin: Continued | None) -> Iterator[Note]:
+def notes_on(request: EstimateRequest, session: Session, origin: Continued | None) -> Iterator[Note]:
     shadow = names.shadowed_word(request.name, session.token_ids)
     texts = dict.fromkeys([request.text, request.prompt, request.negative, request.init, *request.sentence])
     notes = dict.fromkeys(note for text in texts if text for note in session.notes(text))
@@ -194,7 +230,7 @@ def _notes(request: EstimateRequest, session: Session, origin: Continued | None)
             yield Note(f"{origin.embedding.name} holds {origin.vectors} vectors: they are {how} the {count} wanted.")
 
 
-def _arrange(request: EstimateRequest, session: Session, alone: Target) -> Iterator[Note]:
+def arrange(request: EstimateRequest, session: Session, alone: Target) -> Iterator[Note]:
     """Shares out the device's memory, before anything needs much of it."""
     steady = alone.single() is not None
     way = Case(request, session.info, session.room(), alone.composed(), steady).way()
@@ -205,7 +241,7 @@ def _arrange(request: EstimateRequest, session: Session, alone: Target) -> Itera
         yield Note(way.note)
 
 
-def _own_tokens_do(request: EstimateRequest, session: Session, alone: Target) -> bool:
+def own_tokens_do(request: EstimateRequest, session: Session, alone: Target) -> bool:
     """Whether the vectors to start from say exactly what the prompt does, wherever the word is meant to stand."""
     wanted = alone.single()
     if wanted is None or alone.plain is not None or request.vectors == AUTO_VECTORS:
@@ -233,10 +269,12 @@ def _report(
     if not run.stages:
         return exact(alone, chosen)
     given = (request, session, alone, run, start, chosen)
-    if origin is None:
+    if origin is None and alone.single() is not None:
         fidelity = yield from _against_plain(*given)
     else:
-        fidelity = yield from _against_file(*given, origin.embedding.name)
+        fidelity = yield from _against_start(*given, None if origin is None else origin.embedding.name)
+    if alone.single() is None:
+        yield from _too_much(request, session, fidelity)
     worse = [s.text for s in fidelity.sentences if s.worse()]
     if worse and request.use is not Use.WHOLE:
         yield Note(f"In sentences such as {worse[0]!r} the prompt without its weights comes closer than the embedding.")
@@ -263,33 +301,50 @@ def _against_plain(
     return fidelity
 
 
-def _against_file(
+def _against_start(
     request: EstimateRequest,
     session: Session,
     alone: Target,
     run: Run,
     start: Vectors,
     chosen: Sequence[str],
-    name: str,
+    file: str | None,
 ) -> Iterator[Phase | Note]:
-    """The same for a run that continues a file, whose vectors are the start."""
+    """The same for a run whose start is not the prompt without its weights: a file that is continued, or the tokens of
+    a prompt that is several texts."""
     count = len(next(iter(start.values())))
     prompt = initial_vectors(replace(request, continue_from="", start=Start.TEXT, vectors=count), session)
-    plain = prompt if _starts_as_the_prompt(request, session, prompt) else None
+    plain = prompt if file and _starts_as_the_prompt(request, session, prompt) else None
+    name = file or "the best of the prompt's own tokens"
     court = Court(session, alone, request, chosen)
-    for progress in measure_continued(court, run.best, start, plain, (1.0, *BACK)):
+    for progress in measure_against(court, run.best, start, plain, (1.0, *BACK)):
         if not isinstance(progress, Kept):
             yield Phase(*progress)
             continue
         kept = progress
     run.best, share = kept.vectors, 100 * kept.share
-    if not kept.back_to_file:
+    if not kept.back_to_start:
         yield Note(FILE_POOR.format(name=name))
     if share < 100:
-        to_file = FILE_BACK.format(name=name, share=share) if share else FILE_KEPT.format(name=name)
+        to_start = START_BACK.format(name=name, share=share) if share else START_KEPT.format(name=name)
         to_plain = WENT_BACK.format(share) if share else STAYED
-        yield Note(to_file if kept.back_to_file else to_plain)
+        yield Note(to_start if kept.back_to_start else to_plain)
     return kept.fidelity
+
+
+def _too_much(request: EstimateRequest, session: Session, fidelity: Fidelity) -> Iterator[Note]:
+    """Says where one word is not enough for a prompt of several texts, and what to write instead."""
+    if not fidelity.below_plain() and fidelity.error <= TOO_FAR:
+        return
+    why = f"its error is {fidelity.error:.2f} of an empty prompt's"
+    if fidelity.below_plain():
+        why += "; leaving the weights out comes nearer"
+    read = partial(session.read, negative=request.target is Which.NEGATIVE)
+    texts = texts_of(read(request.text, request.sampling_steps))
+    words = {text: f"{request.name}-{number}" for number, text in enumerate(texts, 1)}
+    with suppress(EstimateError):  # what has no plain spelling isn't offered
+        paste = put_together(read, request.text, request.sampling_steps, words)
+        yield Note(TOO_MUCH.format(texts=len(texts), why=why, paste=paste))
 
 
 def _starts_as_the_prompt(request: EstimateRequest, session: Session, start: Vectors) -> bool:
@@ -300,7 +355,7 @@ def _starts_as_the_prompt(request: EstimateRequest, session: Session, start: Vec
     )
 
 
-def _facts(
+def facts_of(
     request: EstimateRequest, info: ModelInfo, run: Run, counts: dict[int, float], origin: Continued | None
 ) -> dict[str, Any]:
     """What the file remembers of how it was made."""
@@ -318,7 +373,7 @@ def _facts(
     }
 
 
-def _record(
+def record_of(
     request: EstimateRequest,
     path: Path,
     info: ModelInfo,

@@ -27,6 +27,14 @@ class Note:
     text: str
 
 
+@dataclass(frozen=True)
+class NextWord(Note):
+    """One of several embeddings of a run begins."""
+
+    number: int
+    total: int
+
+
 class Cancel:
     """How somebody stops a run: keep the best vectors so far, or drop everything."""
 

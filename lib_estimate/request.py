@@ -19,6 +19,7 @@ from lib_estimate.errors import RequestError
 class Target(str, Enum):
     PROMPT = "prompt"
     NEGATIVE = "negative"
+    BOTH = "both"
 
 
 class Part(str, Enum):
@@ -111,7 +112,15 @@ class EstimateRequest:
     prompt: str = _field("", "the prompt to estimate, with its emphasis: a (red:1.6) circle")
     name: str = _field("", "name of the embedding: the word to use in prompts, and the file's name")
     negative: str = _field("", "the negative prompt")
-    target: Target = _field(Target.PROMPT, "which of the two becomes the embedding")
+    target: Target = _field(
+        Target.PROMPT,
+        "which of the two becomes the embedding. both: two of them, from one recording: the second with -neg behind "
+        "its name",
+    )
+    stages: bool = _field(
+        False,
+        "one embedding for each text of a prompt with AND or editing: name-1, name-2 and so on, and what to write",
+    )
     beside: tuple[str, ...] = _field(
         (),
         "with --target negative: prompts that it will stand beside, the prompt itself being one already. May be given "
@@ -197,17 +206,33 @@ class EstimateRequest:
         """Returns itself, or raises RequestError naming the first field that is wrong and what to do."""
         for item in dataclasses.fields(self):
             _check(item, getattr(self, item.name))
-        text = self.text
-        if not text.strip():
-            which = "prompt" if self.target is Target.PROMPT else "negative prompt"
-            raise RequestError(
-                f"The {which} is empty: there is nothing to estimate. Type the text that should become one word."
-            )
+        for which, text in (("prompt", self.prompt), ("negative prompt", self.negative)):
+            other = Target.NEGATIVE if which == "prompt" else Target.PROMPT
+            if self.target is not other and not text.strip():
+                raise RequestError(
+                    f"The {which} is empty: there is nothing to estimate. Type the text that should become one word."
+                )
+        self._check_several()
         self._check_sentences()
         self._check_start()
         if Path(self.subfolder).is_absolute() or ".." in Path(self.subfolder).parts:
             raise RequestError(f"subfolder is {self.subfolder!r}: it must be a folder inside the embeddings folder.")
         return self
+
+    @property
+    def several(self) -> bool:
+        """Whether it may make more than one embedding."""
+        return self.stages or self.target is Target.BOTH
+
+    def _check_several(self) -> None:
+        if not self.several:
+            return
+        what = "--stages" if self.stages else "--target both"
+        if self.use is Use.SENTENCE or self.continue_from.strip() or self.init.strip():
+            raise RequestError(
+                f"{what} makes several embeddings, which start from their own texts and stand for whole prompts: leave "
+                "--use sentence, --init and --continue out."
+            )
 
     def _check_sentences(self) -> None:
         if self.use is Use.SENTENCE and not self.sentence:
@@ -228,8 +253,8 @@ class EstimateRequest:
 
     @property
     def text(self) -> str:
-        """The text that becomes the embedding."""
-        return self.prompt if self.target is Target.PROMPT else self.negative
+        """The text that becomes the embedding; with both, the first of the two."""
+        return self.negative if self.target is Target.NEGATIVE else self.prompt
 
     def record(self) -> dict[str, Any]:
         """All fields as plain values, for the saved file and for JSON."""

@@ -275,13 +275,13 @@ class Session(Protocol):
         *,
         offset: float = 0.0,
         watch: Watch | None = None,
-        watch_negative: bool = False,
+        watch_negative: Watch | None = None,
     ) -> Iterator[int | Trajectory]:
         """Samples from noise `[B, c, h, w]`, one step per entry of `guidance`.
 
         Yields the number of each step done, and last the Trajectory. `offset` (0 to 1) moves the timesteps by that
         share of the distance between two. `watch` sees what enters each cross-attention layer while the first positive
-        part is predicted, or the negative prompt with `watch_negative`.
+        part is predicted, `watch_negative` while the negative prompt is.
         """
 
     def place(self, *networks: Network) -> None:

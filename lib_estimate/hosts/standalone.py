@@ -369,13 +369,13 @@ class StandaloneSession(Placed):
         *,
         offset: float = 0.0,
         watch: Watch | None = None,
-        watch_negative: bool = False,
+        watch_negative: Watch | None = None,
     ) -> Iterator[int | Trajectory]:
         unet = self.parts.unet
         return denoising.sample(
             self.predict_noise, self._alphas_cumprod, noise.to(self.device).float(), guidance, cfg_scale, offset=offset,
-            watch_positive=lambda step: denoising.watching(unet, None if watch_negative else watch, step),
-            watch_negative=lambda step: denoising.watching(unet, watch if watch_negative else None, step),
+            watch_positive=lambda step: denoising.watching(unet, watch, step),
+            watch_negative=lambda step: denoising.watching(unet, watch_negative, step),
         )  # fmt: skip
 
     def cross_attention(self) -> list[CrossAttentionLayer]:

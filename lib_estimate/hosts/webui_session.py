@@ -167,13 +167,13 @@ class WebuiSession(Placed, WebuiText):
         *,
         offset: float = 0.0,
         watch: Watch | None = None,
-        watch_negative: bool = False,
+        watch_negative: Watch | None = None,
     ) -> Iterator[int | Trajectory]:
         return denoising.sample(
             self.predict_noise, self.model.alphas_cumprod(), noise.to(self.info.device).float(), guidance, cfg_scale,
             offset=offset,
-            watch_positive=lambda step: denoising.watching(self.unet, None if watch_negative else watch, step),
-            watch_negative=lambda step: denoising.watching(self.unet, watch if watch_negative else None, step),
+            watch_positive=lambda step: denoising.watching(self.unet, watch, step),
+            watch_negative=lambda step: denoising.watching(self.unet, watch_negative, step),
         )  # fmt: skip
 
     def cross_attention(self) -> list[CrossAttentionLayer]:

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -196,12 +197,12 @@ def _filled(source: type, args: argparse.Namespace) -> Any:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from lib_estimate import job
+    from lib_estimate import job, words
 
     request = _filled(EstimateRequest, args)
-    job.check_destination(request)  # before the model is loaded
+    job.check_destination(replace(request, name=words.first_name(request)))  # before the model is loaded
     outcome = _run(request, _filled(ModelOptions, args))
-    _output(args, outcome.record, outcome.fidelity, request.name)
+    _output(args, outcome.record, outcome.fidelity, outcome.title)
     _summary(outcome)
     return 0
 
@@ -215,14 +216,14 @@ def _batch(args: argparse.Namespace) -> int:
 
 def _run(request: EstimateRequest, options: ModelOptions, errors: list[tuple[int, float]] | None = None) -> Any:
     """Runs an estimate with progress bars on stderr; returns its Outcome."""
-    from lib_estimate import job
+    from lib_estimate import job, words
     from lib_estimate.hosts.standalone import StandaloneHost
     from lib_estimate.progress import Cancel, StepReport
 
     host = StandaloneHost(options, Path(request.out))
     cancel, before, last = Cancel(), 0, 0
     with _interrupts(cancel), _Bars() as bars:
-        for progress in job.estimate(request, host, cancel):
+        for progress in words.estimate(request, host, cancel):
             if isinstance(progress, job.Outcome):
                 return progress
             bars.show(progress)
@@ -309,8 +310,10 @@ def _summary(outcome: Any) -> None:
     from lib_estimate.report.fidelity import result_sentence
 
     cost = cost_sentence(outcome.record["forwards"], outcome.record["settings"]["sampling_steps"])
-    said = result_sentence(outcome.fidelity, outcome.embedding.name)
-    sys.stderr.write(f"Saved {outcome.path}\n{said}\n{cost}\n")
+    said = result_sentence(outcome.fidelity, outcome.title)
+    saved = "".join(f"Saved {path}\n" for path in (outcome.path, *outcome.others))
+    use = "".join(f"Write in your {side}: {text}\n" for side, text in outcome.written.items())
+    sys.stderr.write(f"{saved}{said}\n{cost}\n{use}")
 
 
 def _measure(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ LABELS = {
     "name": "Name of the embedding",
     "overwrite": "Overwrite an existing embedding of this name",
     "format": "File format",
+    "stages": "A word for each part of AND and each stage of editing",
     "beside": "Prompts that the negative one will stand beside (one per line)",
     "part": "Training part",
     "use": "Where will you use it?",
@@ -42,6 +43,7 @@ LABELS = {
 WORDS = {  # value -> what the tab calls it
     "prompt": "Prompt",
     "negative": "Negative prompt",
+    "both": "Both",
     "auto": "Auto",
     "cross-attention": "Cross-attention",
     "unet": "U-NET",

@@ -150,6 +150,7 @@ class Tab:
             self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
             self.count[name] = gr.Button(visible=False, elem_id=identifier(f"{name}_count"))
         target, beside = self._field("target"), self._field("beside")
+        self._field("stages")
         # A webui may put remembered values in later, so there what hangs on them begins visible.
         beside.visible = not self.shell.live or target.value == WORDS[Which.NEGATIVE.value]
 
@@ -393,16 +394,18 @@ class Tab:
 
     def _finished(self, request: EstimateRequest, view: View) -> list[Any]:
         outcome = view.outcome
-        pictures, name = gallery(outcome), outcome.embedding.name
-        sentence = result_sentence(outcome.fidelity, name)
-        notes = [*view.notes, *self._taken_in(request, *_card(outcome, request))]
+        sentence = result_sentence(outcome.fidelity, outcome.title)
+        files = [_card(outcome, request), *((path, None, "") for path in outcome.others)]
+        notes = [*view.notes, *dict.fromkeys(note for file in files for note in self._taken_in(request, *file))]
         worth = outcome.fidelity.recovered is None or outcome.fidelity.recovered > 0
         cost = cost_sentence(outcome.record["forwards"], request.sampling_steps)
         text = "<br>".join(map(html.escape, [*sentence.splitlines(), cost]))
-        use = f"Write <b>{html.escape(name)}</b> in your {WORDS[request.target.value].lower()}."
+        use = "<br>".join(f"Write <b>{html.escape(t)}</b> in your {side}." for side, t in outcome.written.items())
+        saved = ", ".join(map(str, (outcome.path, *outcome.others)))
         return self._shown(
-            progress=markup.bar(1.0, None, f"Saved {outcome.path}"), curve=view.curve, gallery=pictures,
-            result=f"<p class='{'good' if worth else 'bad'}'>{text}<br>{use}</p>{markup.noted(notes)}", done=name,
+            progress=markup.bar(1.0, None, f"Saved {saved}"), curve=view.curve, gallery=gallery(outcome),
+            result=f"<p class='{'good' if worth else 'bad'}'>{text}<br>{use}</p>{markup.noted(notes)}",
+            done=next(iter(outcome.written.values())),
         )  # fmt: skip
 
     def _taken_in(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> list[str]:
@@ -427,7 +430,7 @@ class Tab:
 
 def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
     """Pictures row by row, each with its title."""
-    titles = {"prompt": "prompt", "embedding": outcome.embedding.name, **REFERENCES}
+    titles = {"prompt": "prompt", "embedding": outcome.title, **REFERENCES}
     columns = {
         titles[name]: [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in batch]
         for name, batch in outcome.fidelity.pictures.items()
@@ -438,6 +441,5 @@ def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
 
 def _card(outcome: Outcome, request: EstimateRequest) -> tuple[Path, Image.Image | None, str]:
     """What a program shows of a new file: where it is, its own picture, a description."""
-    name = outcome.embedding.name
-    own = next((image for image, title in gallery(outcome) if title == name), None)
-    return outcome.path, own, f"{result_sentence(outcome.fidelity, name)}\n\n{request.text}"
+    own = next((image for image, title in gallery(outcome) if title == outcome.title), None)
+    return outcome.path, own, f"{result_sentence(outcome.fidelity, outcome.title)}\n\n{request.text}"

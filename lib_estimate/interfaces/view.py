@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from lib_estimate.hosts.base import Host
-from lib_estimate.job import Outcome, Progress, estimate
-from lib_estimate.progress import Cancel, Note, StepReport
+from lib_estimate.job import Outcome, Progress
+from lib_estimate.progress import Cancel, NextWord, Note, StepReport
 from lib_estimate.report.plots import live_curve
 from lib_estimate.request import EstimateRequest, Part, Use
+from lib_estimate.words import estimate
 
 CURVE_EVERY = 1.0  # seconds
 # Where a phase begins in the whole job, as shares of its U-Net forwards at the default effort.
@@ -31,6 +32,7 @@ BEGINS = {
     "Noise": 0.83,
     "Pictures (embedding)": 0.86,
 }
+REPORT = BEGINS["Pictures (prompt)"]  # which is made once, of all words together
 SAME = {"Pictures (empty)": "Pictures (unweighted)", "Other prompts": "Sentences"}
 ENDS = dict(zip(BEGINS, [*list(BEGINS.values())[1:], 1.0], strict=True))
 
@@ -60,10 +62,14 @@ class Watcher:
     drawn: float = 0.0
     before: int = 0  # steps of earlier stages
     part: str = ""
+    word: int = 1  # of several that a run makes
+    words: int = 1
 
     def see(self, progress: Progress) -> View:
         words = ""
-        if isinstance(progress, Note):
+        if isinstance(progress, NextWord):
+            self.word, self.words, words = progress.number, progress.total, progress.text
+        elif isinstance(progress, Note):
             self.notes.append(progress.text)
             words = progress.text
         elif isinstance(progress, StepReport):
@@ -79,7 +85,10 @@ class Watcher:
     def _move(self, phase: str, share: float) -> None:
         phase = SAME.get(phase, phase)
         begin, end = BEGINS.get(phase, self.fraction), ENDS.get(phase, self.fraction)
-        self.fraction = max(self.fraction, min(1.0, begin + share * (end - begin)))
+        whole = min(1.0, begin + share * (end - begin))
+        if whole < REPORT:  # what comes again for each word
+            whole = (REPORT * (self.word - 1) + whole) / self.words
+        self.fraction = max(self.fraction, whole)
 
     def _learning(self, report: StepReport) -> str:
         if report.part != self.part:
@@ -115,7 +124,7 @@ class Watcher:
 
 
 def views(request: EstimateRequest, host: Host, cancel: Cancel) -> Iterator[View]:
-    """Runs an estimate and shows how it goes; the last view has the outcome. Raises what `job.estimate` raises."""
+    """Runs an estimate and shows how it goes; the last view has the outcome. Raises what `words.estimate` raises."""
     watcher = Watcher(request)
     for progress in estimate(request, host, cancel):
         yield watcher.see(progress)

@@ -10,6 +10,7 @@ from lib_estimate.learn import plan
 from lib_estimate.learn.fit import Fit
 from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.learn.learning import Lessons, noise_validator
+from lib_estimate.learn.starts import best_start
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase
 from lib_estimate.request import AUTO_VECTORS, Effort, EstimateRequest, Part, Start, Use
 from lib_estimate.target.recording import Material
@@ -23,7 +24,7 @@ def starting_vectors(
 ) -> Iterator[Phase | Note]:
     """The vectors to start from, and where their number was chosen by trial, the error each number left."""
     if request.vectors != AUTO_VECTORS:
-        return initial_vectors(request, session), {}
+        return (yield from best_start(request, session, materials)), {}
     most = len(next(iter(initial_vectors(replace(request, vectors="init_text"), session).values())))
     candidates = [*(count for count in COUNTS if count < most), most]
     noise, errors = noise_validator(session, materials), {}
@@ -48,4 +49,5 @@ def starting_vectors(
     count = good[0] if good else min(errors, key=errors.get)
     table = ", ".join(f"{n}: {error:.4f}" for n, error in errors.items())
     yield Note(f"{count} vectors are used. Error by number of vectors, after a short trial: {table}.")
-    return initial_vectors(replace(request, vectors=count, start=Start.POOLED), session), errors
+    chosen = replace(request, vectors=count, start=Start.POOLED)
+    return (yield from best_start(chosen, session, materials)), errors

@@ -54,7 +54,9 @@ def learn(
     """Runs the planned stages."""
     target = materials[0].target
     steady = target.single() is not None
-    planned = plan.stages(request, composed=target.composed(), steady=steady)
+    held = len(next(iter(start.values())))
+    squeezed = any(len(rows) > held for rows in session.token_vectors(request.text).values())
+    planned = plan.stages(request, composed=target.composed(), steady=steady, squeezed=squeezed)
     if not steady and plan.in_sentences(request, steady=True):
         yield Note("The prompt changes from step to step or has AND, so the embedding is made to be the whole prompt.")
     lessons, run, fit = Lessons(request, session, materials), Run(start, [], [], ""), None

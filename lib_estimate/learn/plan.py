@@ -73,6 +73,8 @@ DEFAULTS = {
     Part.UNET: Stage(Goal.NOISE, LBFGS, "1", "constant", 48, latents=12),
     Part.CROSS_ATTENTION: Stage(Goal.CROSS_ATTENTION, LBFGS, "1", "constant", 80),
 }
+# Nothing of the prompt's own tokens stays where they have to share vectors: that takes more steps, which run no U-Net.
+SQUEEZED_STEPS = 300
 # Fresh sentences at every step are noise to L-BFGS.
 CROSS_ATTENTION_IN_SENTENCES = Stage(Goal.CROSS_ATTENTION, "Adam", "", "cosine", 300, share=0.05)
 SKETCH = Stage(Goal.SKETCH, LBFGS, "1", "constant", 30)
@@ -91,13 +93,15 @@ COMPOSED = {
 }
 
 
-def stages(request: EstimateRequest, *, composed: bool, steady: bool) -> list[Stage]:
+def stages(request: EstimateRequest, *, composed: bool, steady: bool, squeezed: bool = False) -> list[Stage]:
     """The stages of a request, in order.
 
-    composed: the prompt has AND, which cross-attention can't express. steady: it is the same at every step. What the
-    user has set goes for the first stage, which is the main one.
+    composed: the prompt has AND, which cross-attention can't express. steady: it is the same at every step. squeezed:
+    it has more tokens than there are vectors. What the user has set goes for the first stage, which is the main one.
     """
     first, *rest = _planned(request, composed, steady)
+    if squeezed and rest and first == DEFAULTS[Part.CROSS_ATTENTION]:
+        first = replace(first, steps=SQUEEZED_STEPS)
     if request.optimizer != AUTO and request.optimizer != first.optimizer:
         first = _with_optimizer(first, request.optimizer)
     stages = [

@@ -81,6 +81,14 @@ class Fidelity:
     beside: tuple[ErrorThere, ...] = ()  # of a negative embedding: beside the user's prompts and beside others
     taken: int = 0  # which of the candidates was measured last and so is meant
 
+    def below_plain(self) -> bool:
+        """Whether leaving the weights out comes nearer where the embedding stands alone."""
+        return self.reference == "unweighted" and (
+            (self.recovered or 0) < 0
+            or self.error > (self.unweighted_error or math.inf)
+            or (self.picture_error or 0) > 1
+        )
+
     def figures(self) -> dict[str, Any]:
         """The numbers alone, as plain values."""
         return {
@@ -145,7 +153,11 @@ def measure(
 
     target: the prompt alone. A sentence the embedding isn't made for does not count: with --use whole none does.
     """
-    court = Court(session, target, request, chosen)
+    yield from first_good(Court(session, target, request, chosen), candidates)
+
+
+def first_good(court: Court, candidates: Sequence[Callable[[], Any]]) -> Iterator[Progress | Fidelity]:
+    """The Fidelity of the first candidate that is good enough for the court, or else of the last."""
     yield from court.prepare()
     for number, candidate in enumerate(candidates):
         last = number + 1 == len(candidates)
@@ -174,7 +186,7 @@ class Court:
         inside = {sentence: build_target(self.request, self.session, sentence) for sentence in self.chosen}
         self.session.place(Network.UNET)
         path = yield from self._draw("prompt", target.guidance)
-        self.bank = bank_of(self.session, target, path, range(len(target.guidance)), levels=LEVELS)
+        self.bank = self._bank(path)
         if images:
             plain = target.plain if target.plain is not None else target.with_embedding(target.empty)
             yield from self._draw(self.reference, plain)
@@ -184,6 +196,14 @@ class Court:
             yield "Sentences", number, len(self.chosen)
             self.banks[sentence] = inside[sentence], bank_under(self.session, shared, inside[sentence])
         yield from self._record_beside()
+
+    def _bank(self, path: Trajectory) -> Bank:
+        """What the prompt's pictures met on their way."""
+        return bank_of(self.session, self.target, path, range(len(self.target.guidance)), levels=LEVELS)
+
+    def _eps(self, embedding: Any) -> Tensor:
+        """What the U-Net says of the bank's latents under the embedding."""
+        return noise_under(self.session, self.bank.x, self.bank.timestep, embedding)
 
     def _record_beside(self) -> Iterator[Progress]:
         """A short generation beside each prompt, on the way of which a negative embedding is measured."""
@@ -244,12 +264,7 @@ class Court:
         """Whether leaving the weights out would do better where the embedding is meant to stand."""
         if self.target.plain is None:
             return False
-        alone = self.alone() and (
-            (fidelity.recovered or 0) < 0
-            or fidelity.error > (fidelity.unweighted_error or math.inf)
-            or (fidelity.picture_error or 0) > 1
-        )
-        return alone or any(s.worse() for s in self.meant(fidelity))
+        return (self.alone() and fidelity.below_plain()) or any(s.worse() for s in self.meant(fidelity))
 
     def alone(self) -> bool:
         """Whether the embedding is meant to stand alone."""
@@ -264,8 +279,7 @@ class Court:
 
     def _by_noise(self, embedding: Conditioning) -> Fidelity:
         """The figures of the embedding alone, but for pictures."""
-        bank = self.bank
-        eps = noise_under(self.session, bank.x, bank.timestep, embedding)
+        bank, eps = self.bank, self._eps(embedding)
         unweighted, plain = (
             None if bank.plain is None else share_of_empty(bank.plain, bank, weighted=weighted)
             for weighted in (True, False)

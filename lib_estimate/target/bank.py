@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,9 +108,9 @@ def bank_under(session: Session, bank: Bank, target: Target) -> Bank:
     return replace(bank, target=wanted, plain=plain)
 
 
-def build_bank(
+def build_banks(
     session: Session,
-    target: Target,
+    targets: Sequence[Target],
     noise: Tensor,
     cfg_scale: float,
     *,
@@ -117,25 +118,29 @@ def build_bank(
     offset: float = 0.0,
     references: bool = True,
     plain: bool = True,
-    watch: Watch | None = None,
-) -> Iterator[int | Bank]:
-    """Samples under the target from noise `[B, c, h, w]` and records what it meets, S x B entries.
+    watches: Sequence[Watch | None] | None = None,
+) -> Iterator[int | list[Bank]]:
+    """Samples from noise `[B, c, h, w]` and records what it meets, S x B entries.
 
-    Yields the number of each sampling step done, and last the Bank. With `steps` it takes fewer than the target's.
-    `references` and `plain`: whether to record the eps of the empty prompt and of the prompt without weights.
+    targets: one, or the two sides of the same guidance, each with its own of the `watches`. Yields the number of each
+    sampling step done, and last a Bank for each target. With `steps` it takes fewer than the target's. `references` and
+    `plain`: whether to record the eps of the empty prompt and of the prompt without weights.
     """
-    chosen = _spread(len(target.guidance), steps or len(target.guidance))
-    guidance = [target.guidance[step] for step in chosen]
-    path: Trajectory | None = None
-    for progress in session.sample(
-        noise, guidance, cfg_scale, offset=offset, watch=watch, watch_negative=target.negative
-    ):
+    whole = targets[0].guidance
+    chosen = _spread(len(whole), steps or len(whole))
+    sides = {target.negative: watch for target, watch in zip(targets, watches or [None] * len(targets), strict=True)}
+    watched = {"watch": sides.get(False), "watch_negative": sides.get(True)}
+    for progress in session.sample(noise, [whole[step] for step in chosen], cfg_scale, offset=offset, **watched):
         if isinstance(progress, Trajectory):
-            path = progress
+            yield [bank_of(session, t, progress, chosen, references=references, plain=plain) for t in targets]
         else:
             yield progress
-    assert path is not None
-    yield bank_of(session, target, path, chosen, references=references, plain=plain)
+
+
+def build_bank(session: Session, target: Target, noise: Tensor, cfg_scale: float, **how: Any) -> Iterator[int | Bank]:
+    """`build_banks` of one target, with its `watch`."""
+    for progress in build_banks(session, [target], noise, cfg_scale, watches=[how.pop("watch", None)], **how):
+        yield progress[0] if isinstance(progress, list) else progress
 
 
 def joined(banks: Sequence[Bank]) -> tuple[Bank, Tensor]:

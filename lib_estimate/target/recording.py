@@ -12,7 +12,7 @@ from lib_estimate.hosts.base import Network, Session
 from lib_estimate.progress import Cancel, Interrupted, Phase
 from lib_estimate.request import Effort, EstimateRequest, Part, Use
 from lib_estimate.target import besides
-from lib_estimate.target.bank import TRAIN, VALIDATION, Bank, build_bank, joined, latent_noise
+from lib_estimate.target.bank import TRAIN, VALIDATION, Bank, build_banks, joined, latent_noise
 from lib_estimate.target.queries import Queries, Recorder
 from lib_estimate.target.target import Target, build_target
 
@@ -82,48 +82,63 @@ def materials_of(request: EstimateRequest, session: Session, alone: Target, canc
     materials = []
     session.place(Network.UNET)
     for targets in groups:
-        materials.append((yield from _material(request, session, targets, cancel)))
+        materials += yield from _recorded(request, session, [(target,) for target in targets], cancel)
     return materials
 
 
-def _material(request: EstimateRequest, session: Session, targets: list[Target], cancel: Cancel) -> Iterator[Phase]:
-    """What is learnt from of targets that say the same in the embedding's place; of each of the user's own at least one
-    generation, if he hasn't said how many."""
+def materials_of_both(
+    request: EstimateRequest, session: Session, sides: tuple[Target, Target], cancel: Cancel
+) -> Iterator[Phase]:
+    """A Material for each of the two sides of the same guidance, recorded at once."""
+    session.place(Network.UNET)
+    return (yield from _recorded(request, session, [sides], cancel))
+
+
+def _recorded(
+    request: EstimateRequest, session: Session, groups: Sequence[tuple[Target, ...]], cancel: Cancel
+) -> Iterator[Phase]:
+    """A Material for each side. groups: the sides that are recorded together, again and again with other prompts beside
+    them; in each place they say the same. Of each of the user's own prompts there is at least one generation, if he
+    hasn't said how many."""
     own = len(besides.own(request))
 
-    def recorded(phase: str, region: int, what: Recording, order: Sequence[Target], **how: Any) -> Iterator[Phase]:
+    def recorded(phase: str, region: int, what: Recording, order: Sequence[tuple], **how: Any) -> Iterator[Phase]:
         count = max(what.count * len(what.offsets), 0 if request.trajectories or len(order) == 1 else own)
         ways = _ways(latent_noise(request, session, region, count), what, order)
-        recorder = Recorder(request.queries, len(ways) * what.steps, int(request.memory * 2**30) // 2, request.seed)
-        banks = []
-        for target, noise, offset in ways:
-            how |= {"steps": what.steps, "offset": offset, "watch": recorder.see}
-            sampling = build_bank(session, target, noise, request.cfg_scale, **how)
-            banks.append((yield from _sampled(phase, sampling, what.steps, cancel)))
-        bank, rows = joined(banks)
-        return bank, recorder.queries(bank.step, rows)
+        budget = int(request.memory * 2**30) // 2 // len(order[0])
+        recorders = [Recorder(request.queries, len(ways) * what.steps, budget, request.seed) for _ in order[0]]
+        how |= {"steps": what.steps, "watches": [recorder.see for recorder in recorders]}
+        found = []
+        for targets, noise, offset in ways:
+            sampling = build_banks(session, targets, noise, request.cfg_scale, offset=offset, **how)
+            found.append((yield from _sampled(phase, sampling, what.steps, cancel)))
+        banks = [joined(banks) for banks in zip(*found, strict=True)]
+        return [(bank, r.queries(bank.step, rows)) for (bank, rows), r in zip(banks, recorders, strict=True)]
 
-    bank, queries = yield from recorded("Recording the target", TRAIN, recording(request), targets, references=False)
+    learnt = yield from recorded("Recording the target", TRAIN, recording(request), groups, references=False)
     # Where checks are fewer than the targets they look at others first than the learning does.
-    given = ("Recording checks", VALIDATION, checks(request), targets[::-1])
-    beside, check_queries = yield from recorded(*given, plain=False)
-    return Material(targets[0], bank, beside, queries, check_queries)
+    given = ("Recording checks", VALIDATION, checks(request), groups[::-1])
+    checked = yield from recorded(*given, plain=False)
+    return [
+        Material(target, bank, beside, queries, check_queries)
+        for target, (bank, queries), (beside, check_queries) in zip(groups[0], learnt, checked, strict=True)
+    ]
 
 
-def _ways(noise: Tensor, what: Recording, targets: Sequence[Target]) -> list[tuple[Target, Tensor, float]]:
-    """(target, noise `[b, c, h, w]`, offset) of each generation, those of one target and offset at once."""
-    if len(targets) == 1:
-        return [(targets[0], *way) for way in zip(noise.split(what.count), what.offsets, strict=True)]
+def _ways(noise: Tensor, what: Recording, groups: Sequence[tuple]) -> list[tuple[tuple, Tensor, float]]:
+    """(targets, noise `[b, c, h, w]`, offset) of each generation, those of the same targets and offset at once."""
+    if len(groups) == 1:
+        return [(groups[0], *way) for way in zip(noise.split(what.count), what.offsets, strict=True)]
     out = []
     for index, row in enumerate(noise.split(1)):
-        turn, which = divmod(index, len(targets))
-        out.append((targets[which], row, what.offsets[(which + turn) % len(what.offsets)]))
+        turn, which = divmod(index, len(groups))
+        out.append((groups[which], row, what.offsets[(which + turn) % len(what.offsets)]))
     return out
 
 
-def _sampled(phase: str, sampling: Iterator[int | Bank], steps: int, cancel: Cancel) -> Iterator[Phase]:
+def _sampled(phase: str, sampling: Iterator[int | list[Bank]], steps: int, cancel: Cancel) -> Iterator[Phase]:
     for progress in sampling:
-        if isinstance(progress, Bank):
+        if isinstance(progress, list):
             return progress
         if cancel.wanted is not None:
             raise Interrupted("Interrupted before the learning began. Nothing was saved.")

@@ -185,7 +185,7 @@ def test_a_run_that_goes_astray_keeps_the_file_and_says_so(host, session, short,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lib_estimate.learn.learning.cross_attention_validator", lambda *_: negated_size)
         notes, outcome = finished(host, short, continue_from="short", **far)
-    assert job.FILE_KEPT.format(name="short") in notes
+    assert job.START_KEPT.format(name="short") in notes
     assert torch.equal(outcome.embedding.vectors[KEY], good.embedding.vectors[KEY])
     assert outcome.fidelity.error == pytest.approx(good.fidelity.error)
     assert outcome.fidelity.recovered == pytest.approx(good.fidelity.recovered)

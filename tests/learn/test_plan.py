@@ -96,3 +96,14 @@ def test_checks_are_at_other_timesteps() -> None:
     """In shares of the distance between two timesteps of recordings with as many steps."""
     assert recording(BASE).steps == checks(BASE).steps
     assert not set(recording(BASE).offsets) & set(checks(BASE).offsets)
+
+
+def test_a_long_prompt_in_few_vectors_is_learnt_longer_without_the_u_net() -> None:
+    usual, squeezed = (
+        plan.stages(replace(BASE, use=Use.WHOLE), composed=False, steady=True, squeezed=given) for given in (False, True)
+    )
+    assert squeezed[0].steps == plan.SQUEEZED_STEPS > usual[0].steps
+    assert squeezed[1:] == usual[1:]
+    asked = replace(BASE, use=Use.WHOLE, part=Part.CROSS_ATTENTION)
+    (only,) = plan.stages(asked, composed=False, steady=True, squeezed=True)
+    assert only == plan.DEFAULTS[Part.CROSS_ATTENTION]

@@ -1,4 +1,5 @@
-"""A continued run in the report: what was learnt is held against the file that it began from."""
+"""What was learnt held against what it began from: a file that is continued, or the tokens of a prompt that is several
+texts."""
 
 from __future__ import annotations
 
@@ -19,34 +20,34 @@ class Kept:
     fidelity: Fidelity
     vectors: Vectors
     share: float  # of the way from `back_to` to what was learnt
-    back_to_file: bool  # else to the prompt without its weights
+    back_to_start: bool  # else to the prompt without its weights
 
 
-def measure_continued(
-    court: Court, learnt: Vectors, file: Vectors, plain: Vectors | None, shares: Sequence[float]
+def measure_against(
+    court: Court, learnt: Vectors, start: Vectors, plain: Vectors | None, shares: Sequence[float]
 ) -> Iterator[Progress | Kept]:
-    """Measures the file's vectors, then what was learnt, then shares of the way back, the last of them 0, until one is
-    good enough. Yields progress and last what is kept.
+    """Measures the start, then what was learnt, then shares of the way back, the last of them 0, until one is good
+    enough. Yields progress and last what is kept.
 
-    Back means to the file's vectors, so that going on never makes a file worse: good enough is what does no worse than
-    they do and no worse than leaving the weights out. Where the file itself does worse than that, there is nothing in
-    it to keep: back then means to the prompt without its weights, as in any run, and that alone is what counts. Only
-    where it does not fit into the vectors (`plain` is None) is the file what remains.
+    Back means to the start, so that going on never makes a file worse: good enough is what does no worse than it does
+    and no worse than leaving the weights out. Where the start itself does worse than that, there is nothing in it to
+    keep: back then means to the prompt without its weights, as in any run, and that alone is what counts. Only where
+    that does not fit into the vectors (`plain` is None) is the start what remains.
     """
     yield from court.prepare()
-    before = yield from court.judge(file, pictures_anyway=True)
+    before = yield from court.judge(start, pictures_anyway=True)
     poor = court.below_plain(before)
-    to_file = plain is None or not poor
-    if to_file:
+    to_start = plain is None or not poor
+    if to_start:
         court.bars = [*([] if poor else [court.below_plain]), below(court, before)]
-    origin = file if to_file else plain
-    unmoved = all(torch.equal(rows, learnt[key]) for key, rows in file.items())
-    for share in (0.0,) if to_file and unmoved else shares:
+    origin = start if to_start else plain
+    unmoved = all(torch.equal(rows, learnt[key]) for key, rows in start.items())
+    for share in (0.0,) if to_start and unmoved else shares:
         vectors = {key: torch.lerp(origin[key], rows, share) for key, rows in learnt.items()}
         last = share == 0
-        fidelity = before if last and to_file else (yield from court.judge(vectors, pictures_anyway=last))
+        fidelity = before if last and to_start else (yield from court.judge(vectors, pictures_anyway=last))
         if fidelity is not None and (last or not court.worse(fidelity)):
-            yield Kept(fidelity, vectors, share, to_file)
+            yield Kept(fidelity, vectors, share, to_start)
             return
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lib_estimate.report.against_file import Kept, measure_continued
+from lib_estimate.report.against_start import Kept, measure_against
 from lib_estimate.report.fidelity import Court
 from lib_estimate.request import Use
 from lib_estimate.target.target import build_target
@@ -19,7 +19,7 @@ def kept(session, request, learnt, file, plain, shares=SHARES) -> Kept:
     """`learnt`, `file` and `plain` as prompts, whose tokens are the vectors, or vectors themselves."""
     given = [session.token_vectors(each) if isinstance(each, str) else each for each in (learnt, file, plain)]
     court = Court(session, build_target(request, session), request, ("a photo of {}",))
-    *_, last = measure_continued(court, *given, shares)
+    *_, last = measure_against(court, *given, shares)
     return last
 
 
@@ -31,14 +31,14 @@ def request_(short):
 
 def test_what_is_better_than_the_file_is_taken(session, request_) -> None:
     found = kept(session, request_, "a red circle", "a blue star", None)
-    assert (found.share, found.back_to_file) == (1.0, True)
+    assert (found.share, found.back_to_start) == (1.0, True)
     assert torch.equal(found.vectors["clip_l"], session.token_vectors("a red circle")["clip_l"])
     assert found.fidelity.error < 1e-6
 
 
 def test_what_is_worse_goes_back_to_the_file(session, request_) -> None:
     found = kept(session, request_, "a blue star", "a red circle", None)
-    assert (found.share, found.back_to_file) == (0.0, True)
+    assert (found.share, found.back_to_start) == (0.0, True)
     assert torch.equal(found.vectors["clip_l"], session.token_vectors("a red circle")["clip_l"])
     assert found.fidelity.error < 1e-6
 
@@ -55,7 +55,7 @@ def test_a_share_of_the_way_is_enough_where_the_whole_goes_too_far(session, requ
 def test_a_file_worse_than_leaving_the_weights_out_is_not_gone_back_to(session, short) -> None:
     request = replace(short, prompt="a (red:1.5) circle", width=64, height=64)
     found = kept(session, request, "a green star", "a blue star", session.token_vectors("a red circle"))
-    assert (found.share, found.back_to_file) == (0.0, False)
+    assert (found.share, found.back_to_start) == (0.0, False)
     assert found.fidelity.recovered == pytest.approx(0, abs=1e-3)
     assert torch.equal(found.vectors["clip_l"], session.token_vectors("a red circle")["clip_l"])
 
@@ -76,7 +76,7 @@ def test_sentences_count_where_the_word_will_stand_in_them(session, short) -> No
     found = []
     for learnt, file in (pair, reversed(pair)):
         court = Court(session, build_target(request, session), request, request.sentence)
-        *_, last = measure_continued(court, learnt, file, None, (1.0, 0.0))
+        *_, last = measure_against(court, learnt, file, None, (1.0, 0.0))
         found.append(last)
     assert {each.share for each in found} == {0.0, 1.0}
     assert torch.equal(found[0].vectors["clip_l"], found[1].vectors["clip_l"])
