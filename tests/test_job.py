@@ -12,7 +12,7 @@ from lib_estimate.errors import EstimateError, RequestError
 from lib_estimate.files import reading
 from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts.standalone import StandaloneSession
-from lib_estimate.learn import count
+from lib_estimate.learn import starts
 from lib_estimate.progress import Cancel, Interrupted, Note, StepReport
 from lib_estimate.request import Part, Target
 from lib_estimate.target.error import recovered_share
@@ -97,7 +97,7 @@ def test_the_model_is_given_back_after_an_error(host, short, monkeypatch) -> Non
     def breaks(*_):
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(count, "initial_vectors", breaks)
+    monkeypatch.setattr(starts, "initial_vectors", breaks)
     with pytest.raises(RuntimeError):
         run(short, host)
     assert [p.requires_grad for p in host.parts.unet.parameters()] == flags

@@ -15,6 +15,7 @@ from lib_estimate.progress import Cancel, Interrupted, Note, Phase
 from lib_estimate.request import AUTO_VECTORS, Effort, EstimateRequest, Part, Start, Use
 from lib_estimate.target.recording import Material
 
+KNEE = 1.5  # times the least error: what more vectors bring beyond that is not worth their tokens
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 TRIAL_STEPS = 20
 
@@ -45,9 +46,14 @@ def starting_vectors(
             raise Interrupted("Interrupted before the learning began. Nothing was saved.")
         if errors[count] <= request.tolerance:
             break
-    good = [count for count, error in errors.items() if error <= request.tolerance]
-    count = good[0] if good else min(errors, key=errors.get)
+    count = knee(errors, request.tolerance)
     table = ", ".join(f"{n}: {error:.4f}" for n, error in errors.items())
     yield Note(f"{count} vectors are used. Error by number of vectors, after a short trial: {table}.")
     chosen = replace(request, vectors=count, start=Start.POOLED)
     return (yield from best_start(chosen, session, materials)), errors
+
+
+def knee(errors: dict[int, float], tolerance: float) -> int:
+    """The least number whose error is within the tolerance or, where none is, not far from the least of all."""
+    enough = max(tolerance, KNEE * min(errors.values()))
+    return next(count for count, error in sorted(errors.items()) if error <= enough)

@@ -29,7 +29,7 @@ from tests.bench.__main__ import SMALL_MODEL
 from tests.bench.compare import OFFSET
 from tests.bench.measure import drained
 
-COUNTS = (32, 16, 8)
+COUNTS = (75, 32, 16, 8)
 SEEDS, IMAGES = 2, 4
 QUALITY = "masterpiece, best quality, (highly detailed:1.3), absurdres, sharp focus, soft light, 8k, ultra realistic"
 BAD = (
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.long", description=__doc__)
     parser.add_argument("--model", type=Path, default=SMALL_MODEL)
     parser.add_argument("--prompts", type=int, nargs="*", default=range(len(PROMPTS)), metavar="N", help="by number")
-    parser.add_argument("--counts", type=int, nargs="*", default=COUNTS, metavar="N", help="of vectors (32 16 8)")
+    parser.add_argument("--counts", type=int, nargs="*", default=COUNTS, metavar="N", help="of vectors (75 32 16 8)")
     parser.add_argument("--effort", default="normal")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--threads", type=int, default=1)
@@ -139,7 +139,8 @@ def ladder(session: StandaloneSession, name: str, text: str, counts: Sequence[in
     for count in counts:
         own, began = replace(request, vectors=count), session.forwards
         run = drained(learn(own, session, materials, initial_vectors(own, session), Cancel()))
-        yield judge.row(name, tokens, count, judge.of(run.best), recording + session.forwards - began)
+        spent = recording + session.forwards - began
+        yield judge.row(name, tokens, count, judge.of(run.best), spent)
 
 
 class Judge:
