@@ -16,7 +16,7 @@ from lib_estimate.files.embedding import Embedding
 from lib_estimate.files.lists import Line
 from lib_estimate.hosts.standalone import StandaloneHost
 from lib_estimate.progress import Cancel, StepReport
-from lib_estimate.request import Effort, EstimateRequest, Part
+from lib_estimate.request import Effort, EstimateRequest, Part, Target
 
 
 @pytest.fixture
@@ -70,6 +70,16 @@ def test_it_goes_on_where_it_stopped(lines, host, tmp_path) -> None:
         Batch(changed(lines, seed=3))
     assert states(finish(Batch(changed(lines[:1], seed=3, overwrite=True)), host)) == [batch_module.MADE]
     assert (tmp_path / "day.pt").read_bytes() != before
+
+
+def test_a_line_may_make_several_words_and_is_known_again(lines, host, tmp_path) -> None:
+    several = [
+        *changed(lines[:1], target=Target.BOTH, negative="(blue:1.3), small", sentence=()),
+        *changed(lines[1:], prompt="a [red:blue:0.5] circle", stages=True, sentence=()),
+    ]
+    assert states(finish(Batch(several), host)) == [batch_module.MADE] * 2
+    assert sorted(path.stem for path in tmp_path.glob("*.pt")) == ["day", "day-neg", "night-1", "night-2"]
+    assert states(finish(Batch(several), host)) == [batch_module.THERE] * 2
 
 
 def test_a_file_made_on_another_checkpoint_is_not_taken_for_it(lines, host, tmp_path) -> None:

@@ -118,10 +118,12 @@ def _usable(name: str) -> str:
 
 def _of_style(style: Style, name: str, common: EstimateRequest) -> Iterator[EstimateRequest]:
     positive, negative = without_hole(style.prompt), without_hole(style.negative)
-    if positive and common.target is Target.PROMPT:
-        yield replace(
-            common, name=name, prompt=positive, negative=negative or common.negative, **_place(style.prompt, common)
-        )
+    if positive and negative and common.target is Target.BOTH:
+        yield replace(common, name=name, prompt=positive, negative=negative)
+        return
+    if positive and common.target is not Target.NEGATIVE:
+        given = {"target": Target.PROMPT, "prompt": positive, "negative": negative or common.negative}
+        yield replace(common, name=name, **given, **_place(style.prompt, common))
     if not negative:
         return
     beside = style.prompt.replace(STYLE_HOLE, common.prompt).strip() if common.prompt.strip() else positive

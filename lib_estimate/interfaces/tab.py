@@ -383,7 +383,7 @@ class Tab:
             for view, moment in watched(batch, self.shell.host(), cancel):
                 self._show(view, cancel)
                 if isinstance(moment.progress, Outcome):
-                    made.append((moment.line.request, *_card(moment.progress, moment.line.request)))
+                    made += [(moment.line.request, *file) for file in _cards(moment.progress, moment.line.request)]
                 if self.shell.live:
                     shown = markup.bar(view.fraction, None, view.words)
                     yield self._shown(progress=shown, curve=view.curve, result=markup.table(batch.rows))
@@ -395,7 +395,7 @@ class Tab:
     def _finished(self, request: EstimateRequest, view: View) -> list[Any]:
         outcome = view.outcome
         sentence = result_sentence(outcome.fidelity, outcome.title)
-        files = [_card(outcome, request), *((path, None, "") for path in outcome.others)]
+        files = _cards(outcome, request)
         notes = [*view.notes, *dict.fromkeys(note for file in files for note in self._taken_in(request, *file))]
         worth = outcome.fidelity.recovered is None or outcome.fidelity.recovered > 0
         cost = cost_sentence(outcome.record["forwards"], request.sampling_steps)
@@ -439,7 +439,10 @@ def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
     return [(images[row], title) for row in range(rows) for title, images in columns.items()]
 
 
-def _card(outcome: Outcome, request: EstimateRequest) -> tuple[Path, Image.Image | None, str]:
-    """What a program shows of a new file: where it is, its own picture, a description."""
+def _cards(outcome: Outcome, request: EstimateRequest) -> list[tuple[Path, Image.Image | None, str]]:
+    """What a program shows of new files: where each is, its own picture, a description."""
     own = next((image for image, title in gallery(outcome) if title == outcome.title), None)
-    return outcome.path, own, f"{result_sentence(outcome.fidelity, outcome.title)}\n\n{request.text}"
+    texts = [word["text"] for word in outcome.record.get("words", [])] or [request.text]
+    said = result_sentence(outcome.fidelity, outcome.title)
+    paths = (outcome.path, *outcome.others)
+    return [(path, own, f"{said}\n\n{text}") for path, text in zip(paths, texts, strict=True)]

@@ -95,6 +95,16 @@ def test_in_a_sentence_the_word_stands_where_the_styles_text_stood(style, senten
         lists.of_styles([lists.Style("line 2", "day", style, "")], EstimateRequest(use=Use.SENTENCE))
 
 
+def test_a_style_of_both_makes_both_at_once() -> None:
+    common = EstimateRequest(target=Target.BOTH)
+    styles = [lists.Style("line 2", "day", "a circle", "ugly"), lists.Style("line 3", "dusk", "a star", "")]
+    assert told(lists.of_styles([*styles, lists.Style("line 4", "bad", "", "ugly")], common)[0]) == [
+        ("line 2", "day", "both", "a circle", "ugly"),
+        ("line 3", "dusk", "prompt", "a star", ""),
+        ("line 4", "bad", "negative", "", "ugly"),
+    ]
+
+
 def test_text_with_names_and_prompts(tmp_path) -> None:
     text = "# names\n\nday\ta (red:1.4) circle\n  night \t a {blue}\tcircle \n"
     lines, notes = lists.read(write(tmp_path, "list.txt", text), COMMON)

@@ -194,7 +194,7 @@ class Batched(standalone_tab.StandaloneShell):
         return (("----- STYLES -----", "", ""), ("dusk", "a (red:1.6) circle, {prompt}", "(blue:1.3)"))
 
     def saved(self, request, path, picture, description) -> None:
-        self.told.append((request.name, path.exists(), description.splitlines()[-1]))
+        self.told.append((path.stem, path.exists(), description.splitlines()[-1]))
 
 
 QUICK = {
@@ -237,6 +237,25 @@ def test_a_batch_of_a_file_and_of_styles_that_are_ticked(host, tmp_path) -> None
     *_, last = press(shell, "embedding_estimate_batch_estimate", "task", None, ["dusk"])
     assert "2 lines: 2 made before." in last[3]
     assert shell.told == []
+
+
+def test_several_words_are_told_to_the_program_and_what_to_write(host, tmp_path) -> None:
+    batched = tab_module.Tab(Batched(host, tmp_path))
+    with tab_module.gr.Blocks():
+        batched.lay_out()
+    own = {"prompt": "a (red:1.4) circle :0.5 AND a star", "negative": "(blue:1.3)", "target": "Both", "name": "w_duo"}
+    given = [{**QUICK, **own, "stages": True}.get(name, field.value) for name, field in batched.fields.items()]
+    seen = list(batched._run(given))
+    fractions = [float(step[0].split("width:")[1].split("%")[0]) for step in seen if "width:" in str(step[0])]
+    assert fractions == sorted(fractions)
+    assert "Write <b>w_duo-1 :0.5 AND w_duo-2</b> in your prompt." in seen[-1][3]
+    assert "Write <b>w_duo-neg</b> in your negative prompt." in seen[-1][3]
+    assert seen[-1][4] == "w_duo-1 :0.5 AND w_duo-2"  # what is copied and sent
+    assert [(name, text) for name, _, text in batched.shell.told] == [
+        ("w_duo-1", "a (red:1.4) circle"),
+        ("w_duo-2", "a star"),
+        ("w_duo-neg", "(blue:1.3)"),
+    ]
 
 
 def test_a_batch_is_interrupted_as_a_run_is(host, tmp_path) -> None:
