@@ -100,7 +100,8 @@ def test_checks_are_at_other_timesteps() -> None:
 
 def test_a_long_prompt_in_few_vectors_is_learnt_longer_without_the_u_net() -> None:
     usual, squeezed = (
-        plan.stages(replace(BASE, use=Use.WHOLE), composed=False, steady=True, squeezed=given) for given in (False, True)
+        plan.stages(replace(BASE, use=Use.WHOLE), composed=False, steady=True, squeezed=given)
+        for given in (False, True)
     )
     assert squeezed[0].steps == plan.SQUEEZED_STEPS > usual[0].steps
     assert squeezed[1:] == usual[1:]
