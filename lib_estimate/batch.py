@@ -23,6 +23,7 @@ from lib_estimate.files import names, reading
 from lib_estimate.files.embedding import Embedding
 from lib_estimate.files.lists import Line
 from lib_estimate.hosts.base import Host, ModelInfo
+from lib_estimate.hosts.several import sessions_of
 from lib_estimate.job import Outcome, Progress, check_destination
 from lib_estimate.progress import Cancel, Interrupted
 from lib_estimate.request import EstimateRequest
@@ -42,7 +43,7 @@ PATIENCE = 600.0  # seconds without a sign of life after which another process i
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a line."""
+    """What became of a line. Of several checkpoints it has the worst figures."""
 
     name: str
     vectors: int | None = None
@@ -104,12 +105,12 @@ class Batch:
         """A word for another checkpoint is another word."""
         if not self.there:
             return
-        with host.session() as session:
-            info = session.info
+        with sessions_of(host) as sessions:
+            infos = [session.info for session in sessions]
         for index, embedding in list(self.there.items()):
             request = self.lines[index].request
-            made_on = embedding.metadata.get("sd_checkpoint_name")
-            if not _same_checkpoint(embedding, info):
+            made_on = ", ".join(str(made["name"]) for made in _made_on(embedding))
+            if not _same_checkpoints(embedding, infos):
                 del self.there[index]
                 if not request.overwrite:
                     said = f"a file of this name exists, made on {made_on}. Choose another name, or --overwrite."
@@ -182,11 +183,19 @@ def _same_settings(settings: Any, request: EstimateRequest) -> bool:
     return all(made[key] == value for key, value in request.record().items() if key not in WHERE)
 
 
-def _same_checkpoint(embedding: Embedding, info: ModelInfo) -> bool:
-    made_on = embedding.metadata.get("sd_checkpoint")
-    if made_on and info.hash:
-        return made_on == info.hash
-    return embedding.metadata.get("sd_checkpoint_name") == info.name
+def _made_on(embedding: Embedding) -> list[dict[str, Any]]:
+    """Name and hash of each checkpoint."""
+    about = embedding.metadata
+    one = {"name": about.get("sd_checkpoint_name"), "hash": about.get("sd_checkpoint")}
+    return about.get("checkpoints") or [one]
+
+
+def _same_checkpoints(embedding: Embedding, infos: Sequence[ModelInfo]) -> bool:
+    made_on = _made_on(embedding)
+    return len(made_on) == len(infos) and all(
+        made["hash"] == info.hash if made["hash"] and info.hash else made["name"] == info.name
+        for made, info in zip(made_on, infos, strict=True)
+    )
 
 
 def _finished(embedding: Embedding) -> bool:
@@ -199,9 +208,10 @@ def _row(embedding: Embedding, state: str) -> Row:
     about = embedding.metadata
     steps = about["settings"]["sampling_steps"]
     forwards = sum(about.get("forwards", {}).values())
-    vectors = len(next(iter(embedding.vectors.values())))
+    vectors, rows = len(next(iter(embedding.vectors.values()))), about.get("checkpoints") or [about]
+    off, recovered = ([row[key] for row in rows if row.get(key) is not None] for key in ("picture_error", "recovered"))
     return Row(
-        embedding.name, vectors, about.get("picture_error"), about.get("recovered"), forwards / (2 * steps), state
+        embedding.name, vectors, max(off, default=None), min(recovered, default=None), forwards / (2 * steps), state
     )
 
 

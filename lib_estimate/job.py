@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,21 @@ import torch
 from lib_estimate.errors import EstimateError
 from lib_estimate.files import names, writing
 from lib_estimate.files.embedding import FORMATS, Embedding, Vectors
-from lib_estimate.hosts.base import Host, ModelInfo, Network, Session
+from lib_estimate.hosts.base import Conditioning, Host, ModelInfo, Session
+from lib_estimate.hosts.several import sessions_of
 from lib_estimate.learn.continued import Continued, continued, fitting_vectors
 from lib_estimate.learn.count import starting_vectors
 from lib_estimate.learn.initial import initial_vectors, wanted_count
 from lib_estimate.learn.learning import Run, learn
-from lib_estimate.learn.needs import Case
+from lib_estimate.learn.needs import Case, shared
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
 from lib_estimate.report.against_start import Kept, measure_against
-from lib_estimate.report.fidelity import Court, Fidelity, exact, measure, report_sentences
+from lib_estimate.report.checkpoints import court_of, exact_on
+from lib_estimate.report.fidelity import Court, Fidelity, first_good, report_sentences
 from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Start, Use
 from lib_estimate.request import Target as Which
 from lib_estimate.target.recording import Material, materials_of
-from lib_estimate.target.target import Target, build_target
+from lib_estimate.target.target import Target, targets_on
 from lib_estimate.target.texts import put_together, texts_of
 
 
@@ -85,32 +88,35 @@ BACK = (0.75, 0.5, 0.25, 0.0)  # shares of the way from the start, tried where t
 class Bill:
     """What the parts of a job cost, in U-Net forward-equivalents: one latent forward 1, with gradient 3."""
 
-    def __init__(self, session: Session) -> None:
-        self.session, self.forwards = session, {"recording": 0, "learning": 0, "report": 0}
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        self.sessions, self.forwards = sessions, {"recording": 0, "learning": 0, "report": 0}
 
     def charge(self, part: str) -> None:
         """Puts everything that is on no other part's bill onto this one's."""
-        self.forwards[part] += self.session.forwards - sum(self.forwards.values())
+        self.forwards[part] += sum(s.forwards for s in self.sessions) - sum(self.forwards.values())
 
 
 def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None) -> Iterator[Progress]:
-    """Runs one estimate. Raises EstimateError with a sentence for the user."""
+    """Runs one estimate. Raises EstimateError with a sentence for the user.
+
+    A host of several checkpoints makes one embedding for all of them; the first one's tokens are the start.
+    """
     cancel, started = cancel or Cancel(), time.perf_counter()
     origin = continued(request)
     check_destination(request)
-    with host.session() as session:
-        path = destination(request, session.info)
-        yield from notes_on(request, session, origin)
-        session.place(Network.TEXT)
-        alone, bill = build_target(request, session), Bill(session)
-        run, start, counts = yield from learnt(request, session, alone, cancel, bill)
+    with sessions_of(host) as sessions:
+        infos = [session.info for session in sessions]
+        path = destination(request, infos)
+        yield from notes_on(request, sessions[0], origin)
+        alone, bill = targets_on(request, sessions), Bill(sessions)
+        run, start, counts = yield from learnt(request, sessions, alone, cancel, bill)
         chosen = report_sentences(request) if run.stages else ()
         if cancel.wanted == "discard":
             raise Interrupted("Interrupted. Nothing was saved.")
 
-        facts = facts_of(request, session.info, run, counts, origin)
+        facts = facts_of(request, infos, run, counts, origin)
         try:
-            fidelity = yield from _report(request, session, alone, run, start, chosen, origin)
+            fidelity = yield from _report(request, sessions, alone, run, start, chosen, origin)
         except BaseException:  # whatever stops the report, what was learnt must not be lost
             writing.save(Embedding(path.stem, run.best, facts), path, overwrite=request.overwrite)
             raise
@@ -118,16 +124,16 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
         embedding = Embedding(path.stem, run.best, {**facts, **fidelity.figures(), "forwards": bill.forwards})
         writing.save(embedding, path, overwrite=request.overwrite)
         seconds = time.perf_counter() - started
-        record = record_of(request, path, session.info, run, counts, fidelity, seconds) | {"forwards": bill.forwards}
+        record = record_of(request, path, infos[0], run, counts, fidelity, seconds) | {"forwards": bill.forwards}
         record |= {} if origin is None else origin.facts() | {"step": facts["step"]}
-    side = "negative prompt" if alone.negative else "prompt"
+    side = "negative prompt" if alone[0].negative else "prompt"
     yield Outcome(path, embedding, fidelity, run.losses, record, {side: path.stem})
 
 
 def learnt(
     request: EstimateRequest,
-    session: Session,
-    alone: Target,
+    sessions: Sequence[Session],
+    alone: Sequence[Target],
     cancel: Cancel,
     bill: Bill,
     materials: list[Material] | None = None,
@@ -137,15 +143,20 @@ def learnt(
     materials: what was recorded of it already.
     """
     origin = continued(request)
-    if own_tokens_do(request, session, alone):
+    session = sessions[0]
+    if own_tokens_do(request, sessions, alone):
         yield Note(f"{OWN_TOKENS if origin is None else SAYS_THE_SAME}: there is nothing to learn.")
         start = initial_vectors(request, session)
         return Run(start, [], [], "the start is exact"), start, {}
-    if origin is not None and own_tokens_do(replace(request, continue_from=""), session, alone):
+    if origin is not None and own_tokens_do(replace(request, continue_from=""), sessions, alone):
         yield Note(LEAVE_IT_OUT)
     if materials is None:
-        yield from arrange(request, session, alone)
-        materials = yield from materials_of(request, session, alone, cancel)
+        yield from arrange(request, sessions, alone[0])
+        materials = []
+        for each, target in zip(sessions, alone, strict=True):
+            materials += yield from materials_of(request, each, target, cancel)
+            if len(sessions) > 1:
+                each.place()  # the next one needs the room
         bill.charge("recording")
     start, counts = yield from starting_vectors(request, session, materials, cancel)
     run = yield from learn(request, session, materials, start, cancel)
@@ -164,13 +175,12 @@ def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
 
 
 def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iterator[Phase | Fidelity]:
-    """Measures an embedding against a prompt, as at the end of an estimate."""
-    with host.session() as session:
-        _check_size(request, session.info)
-        vectors = fitting_vectors(embedding, session.info)
-        session.place(Network.TEXT)
-        target = build_target(request, session)
-        for progress in measure(session, target, request, [lambda: vectors], report_sentences(request)):
+    """Measures an embedding against a prompt, as at the end of an estimate; on each of a host's checkpoints."""
+    with sessions_of(host) as sessions:
+        _check_size(request, [session.info for session in sessions])
+        vectors = fitting_vectors(embedding, sessions[0].info)
+        court = court_of(sessions, targets_on(request, sessions), request, report_sentences(request))
+        for progress in first_good(court, [lambda: vectors]):
             yield progress if isinstance(progress, Fidelity) else Phase(*progress)
 
 
@@ -194,13 +204,13 @@ def check_destination(request: EstimateRequest) -> Path:
     return existing
 
 
-def destination(request: EstimateRequest, info: ModelInfo) -> Path:
+def destination(request: EstimateRequest, infos: Sequence[ModelInfo]) -> Path:
     """Where the file will be, and refuses what doesn't fit the model: SDXL's two kinds of vectors go into safetensors
     only."""
     path = check_destination(request)
-    _check_size(request, info)
+    _check_size(request, infos)
     pt = path.suffix.lower() == f".{Format.PT.value}"
-    if len(info.widths) == 1 or not pt:
+    if len(infos[0].widths) == 1 or not pt:
         return path
     if path.exists():
         raise EstimateError(f"{path} can't be overwritten by an SDXL embedding, which is never .pt: take another name.")
@@ -209,8 +219,8 @@ def destination(request: EstimateRequest, info: ModelInfo) -> Path:
     return path.with_suffix(f".{Format.SAFETENSORS.value}")
 
 
-def _check_size(request: EstimateRequest, info: ModelInfo) -> None:
-    for side in ("width", "height"):
+def _check_size(request: EstimateRequest, infos: Sequence[ModelInfo]) -> None:
+    for side, info in product(("width", "height"), infos):
         if getattr(request, side) % info.latent_scale:
             raise EstimateError(
                 f"{side} is {getattr(request, side)}: it must be a multiple of {info.latent_scale} pixels."
@@ -230,35 +240,38 @@ def notes_on(request: EstimateRequest, session: Session, origin: Continued | Non
             yield Note(f"{origin.embedding.name} holds {origin.vectors} vectors: they are {how} the {count} wanted.")
 
 
-def arrange(request: EstimateRequest, session: Session, alone: Target) -> Iterator[Note]:
+def arrange(request: EstimateRequest, sessions: Sequence[Session], alone: Target) -> Iterator[Note]:
     """Shares out the device's memory, before anything needs much of it."""
-    steady = alone.single() is not None
-    way = Case(request, session.info, session.room(), alone.composed(), steady).way()
-    session.offload(way.mode)
-    if way.recompute:
-        session.save_memory()
+    steady, room = alone.single() is not None, shared([session.room() for session in sessions])
+    way = Case(request, sessions[0].info, room, alone.composed(), steady).way()
+    for session in sessions:
+        session.offload(way.mode)
+        if way.recompute:
+            session.save_memory()
     if way.note:
         yield Note(way.note)
 
 
-def own_tokens_do(request: EstimateRequest, session: Session, alone: Target) -> bool:
-    """Whether the vectors to start from say exactly what the prompt does, wherever the word is meant to stand."""
-    wanted = alone.single()
-    if wanted is None or alone.plain is not None or request.vectors == AUTO_VECTORS:
+def own_tokens_do(request: EstimateRequest, sessions: Sequence[Session], alone: Sequence[Target]) -> bool:
+    """Whether the vectors to start from say exactly what the prompt does, wherever the word is meant to stand; on every
+    checkpoint."""
+    wanted = [target.single() for target in alone]
+    if None in wanted or any(target.plain is not None for target in alone) or request.vectors == AUTO_VECTORS:
         return False
-    start = initial_vectors(request, session)
-    tokens = session.token_vectors(request.text)
+    start = initial_vectors(request, sessions[0])
+    tokens = sessions[0].token_vectors(request.text)
     # More vectors move the words after them, and others may agree with the tokens alone but not among words.
     if request.use is not Use.WHOLE and any(not torch.equal(start[key], rows) for key, rows in tokens.items()):
         return False
     with torch.no_grad():
-        return alone.embed(session, start).close_to(wanted)
+        said = [target.embed(session, start) for session, target in zip(sessions, alone, strict=True)]
+    return all(map(Conditioning.close_to, said, wanted))
 
 
 def _report(
     request: EstimateRequest,
-    session: Session,
-    alone: Target,
+    sessions: Sequence[Session],
+    alone: Sequence[Target],
     run: Run,
     start: Vectors,
     chosen: Sequence[str],
@@ -267,14 +280,14 @@ def _report(
     """The Fidelity of what was learnt. Where the start, or leaving the weights out, does better, the vectors go back;
     `run` then has those."""
     if not run.stages:
-        return exact(alone, chosen)
-    given = (request, session, alone, run, start, chosen)
-    if origin is None and alone.single() is not None:
+        return exact_on(sessions, alone[0], chosen)
+    given = (request, sessions[0], court_of(sessions, alone, request, chosen), run, start)
+    if origin is None and alone[0].single() is not None:
         fidelity = yield from _against_plain(*given)
     else:
         fidelity = yield from _against_start(*given, None if origin is None else origin.embedding.name)
-    if alone.single() is None:
-        yield from _too_much(request, session, fidelity)
+    if alone[0].single() is None:
+        yield from _too_much(request, sessions[0], fidelity.hardest())
     worse = [s.text for s in fidelity.sentences if s.worse()]
     if worse and request.use is not Use.WHOLE:
         yield Note(f"In sentences such as {worse[0]!r} the prompt without its weights comes closer than the embedding.")
@@ -282,14 +295,14 @@ def _report(
 
 
 def _against_plain(
-    request: EstimateRequest, session: Session, alone: Target, run: Run, start: Vectors, chosen: Sequence[str]
+    request: EstimateRequest, session: Session, court: Court, run: Run, start: Vectors
 ) -> Iterator[Phase | Note]:
     def taken_back(share: float) -> Vectors:
         return {key: torch.lerp(start[key], rows, share) for key, rows in run.best.items()}
 
     shares = [1.0, *(BACK if _starts_as_the_prompt(request, session, start) else ())]
     ways = [partial(taken_back, share) for share in shares]
-    for progress in measure(session, alone, request, ways, chosen):
+    for progress in first_good(court, ways):
         if not isinstance(progress, Fidelity):
             yield Phase(*progress)
             continue
@@ -302,13 +315,7 @@ def _against_plain(
 
 
 def _against_start(
-    request: EstimateRequest,
-    session: Session,
-    alone: Target,
-    run: Run,
-    start: Vectors,
-    chosen: Sequence[str],
-    file: str | None,
+    request: EstimateRequest, session: Session, court: Court, run: Run, start: Vectors, file: str | None
 ) -> Iterator[Phase | Note]:
     """The same for a run whose start is not the prompt without its weights: a file that is continued, or the tokens of
     a prompt that is several texts."""
@@ -316,7 +323,6 @@ def _against_start(
     prompt = initial_vectors(replace(request, continue_from="", start=Start.TEXT, vectors=count), session)
     plain = prompt if file and _starts_as_the_prompt(request, session, prompt) else None
     name = file or "the best of the prompt's own tokens"
-    court = Court(session, alone, request, chosen)
     for progress in measure_against(court, run.best, start, plain, (1.0, *BACK)):
         if not isinstance(progress, Kept):
             yield Phase(*progress)
@@ -356,7 +362,7 @@ def _starts_as_the_prompt(request: EstimateRequest, session: Session, start: Vec
 
 
 def facts_of(
-    request: EstimateRequest, info: ModelInfo, run: Run, counts: dict[int, float], origin: Continued | None
+    request: EstimateRequest, infos: Sequence[ModelInfo], run: Run, counts: dict[int, float], origin: Continued | None
 ) -> dict[str, Any]:
     """What the file remembers of how it was made."""
     return {
@@ -365,8 +371,9 @@ def facts_of(
         "settings": request.record(),
         "stages": run.stages,
         "seed": request.seed,
-        "sd_checkpoint_name": info.name,
-        "sd_checkpoint": info.hash,
+        "sd_checkpoint_name": infos[0].name,
+        "sd_checkpoint": infos[0].hash,
+        **({"checkpoints": [{"name": info.name, "hash": info.hash} for info in infos]} if len(infos) > 1 else {}),
         "step": len(run.losses) + (0 if origin is None else origin.steps),
         **({} if origin is None else origin.facts()),
         **({"errors_by_vectors": counts} if counts else {}),

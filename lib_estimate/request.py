@@ -84,7 +84,9 @@ class ModelOptions:
     """Which model a host without a webui loads, and how it reads prompts. A webui has these as its own settings."""
 
     model: str = _field(
-        "", "diffusers folder, or a single .safetensors / .ckpt file, of the Stable Diffusion 1, 2 or XL family"
+        "",
+        "diffusers folder, or a single .safetensors / .ckpt file, of the Stable Diffusion 1, 2 or XL family. May be "
+        "given again: one embedding for several fine-tunes",
     )
     device: str = _field("auto", "where to compute: auto, cpu, cuda, cuda:1, mps")
     dtype: str = _field(

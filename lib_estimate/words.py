@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 
 from lib_estimate import job
+from lib_estimate.errors import RequestError
 from lib_estimate.files import writing
 from lib_estimate.files.embedding import Embedding, Vectors
 from lib_estimate.hosts.base import Host, Network, Session
+from lib_estimate.hosts.several import each_of
 from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.learn.learning import Run
 from lib_estimate.progress import Cancel, Interrupted, NextWord, Note, Phase
@@ -28,6 +30,10 @@ from lib_estimate.target.target import Target, build_target
 from lib_estimate.target.texts import put_together, texts_of
 from lib_estimate.target.together import Together, build_together
 
+ONE_MODEL = (
+    "Several words at once are made on one checkpoint: give one --model, or make each word by itself, without --stages "
+    "and --target both."
+)
 ONE_TEXT = "The prompt is the same text at every step and has no AND: one word holds it."
 
 
@@ -58,16 +64,18 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
     if not request.several:
         yield from job.estimate(request, host, cancel)
         return
+    if len(each_of(host)) > 1:
+        raise RequestError(ONE_MODEL)
     cancel, started = cancel or Cancel(), time.perf_counter()
     job.check_destination(replace(request, name=first_name(request)))
     with host.session() as session:
         session.place(Network.TEXT)
         apart = taken_apart(request, session)
-        paths = [job.destination(word, session.info) for word in apart.words]
+        paths = [job.destination(word, [session.info]) for word in apart.words]
         yield from job.notes_on(request, session, None)
         if len(apart.words) == 1:
             yield Note(ONE_TEXT)
-        bill = job.Bill(session)
+        bill = job.Bill([session])
         together, learnt = yield from _learn(request, session, apart, bill, cancel)
         facts = _facts(request, session, apart, learnt)
 
@@ -139,7 +147,7 @@ def _learn(
             learnt.append(Learnt(start, Run(start, [], [], "interrupted")))
             continue
         run, start, _ = yield from job.learnt(
-            word, session, target, cancel, bill, materials=None if materials is None else [materials[number]]
+            word, [session], [target], cancel, bill, materials=None if materials is None else [materials[number]]
         )
         learnt.append(Learnt(start, run))
         if cancel.wanted == "discard":
@@ -151,9 +159,9 @@ def _recorded_at_once(
     request: EstimateRequest, session: Session, targets: Sequence[Target], cancel: Cancel
 ) -> Iterator[Phase]:
     """The prompt and the negative prompt from the same generations; None where the words are others."""
-    if request.stages or any(job.own_tokens_do(request, session, target) for target in targets):
+    if request.stages or any(job.own_tokens_do(request, [session], [target]) for target in targets):
         return None
-    yield from job.arrange(request, session, targets[0])
+    yield from job.arrange(request, [session], targets[0])
     return (yield from materials_of_both(request, session, (targets[0], targets[1]), cancel))
 
 
@@ -186,7 +194,7 @@ def _facts(request: EstimateRequest, session: Session, apart: TakenApart, learnt
     """What each file remembers: how it was made, and what it stands beside."""
     common = {"settings": request.record(), "written": apart.written}
     return [
-        {**job.facts_of(word, session.info, one.run, {}, None), **common}
+        {**job.facts_of(word, [session.info], one.run, {}, None), **common}
         for word, one in zip(apart.words, learnt, strict=True)
     ]
 

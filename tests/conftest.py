@@ -16,6 +16,7 @@ from lib_estimate.target.bank import TRAIN, build_bank, latent_noise
 from lib_estimate.target.queries import Recorder
 from lib_estimate.target.recording import Material
 from lib_estimate.target.target import build_target
+from tests.shapes_sd import variants
 
 SHAPES_SD = Path(__file__).parent / "shapes_sd" / "shapes_sd.safetensors"
 VOCABULARY = Path(__file__).parent / "shapes_sd" / "tokenizer"
@@ -33,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def host() -> StandaloneHost:
     return StandaloneHost(ModelOptions(model=str(SHAPES_SD), device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def relatives(host: StandaloneHost, tmp_path_factory: pytest.TempPathFactory) -> list[StandaloneHost]:
+    """The small model and its fine-tunes."""
+    folder = tmp_path_factory.mktemp("variants")
+    paths = [variants.write(style, folder) for style in variants.STYLES]
+    return [host, *(StandaloneHost(ModelOptions(model=str(path), device="cpu")) for path in paths)]
 
 
 @pytest.fixture()
@@ -70,7 +79,7 @@ def record(session: StandaloneSession, request: EstimateRequest, sentence: str =
     noise = latent_noise(request, session, TRAIN, request.trajectories)
     *_, bank = build_bank(session, target, noise, request.cfg_scale, watch=recorder.see)
     queries = recorder.queries(bank.step, torch.arange(len(bank)))
-    return Material(target, bank, bank, queries, queries)
+    return Material(session, target, bank, bank, queries, queries)
 
 
 def all_parameters(host: StandaloneHost) -> list[torch.Tensor]:

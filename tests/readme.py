@@ -19,7 +19,7 @@ HEADINGS = {
     "README_ja.md": "| フラグ | 既定値 | 範囲・選択肢 | 説明 |",
 }
 JAPANESE = {
-    "model": "diffusers フォルダ、または .safetensors / .ckpt ファイル (Stable Diffusion 1, 2, XL 系)",
+    "model": "diffusers フォルダ、または .safetensors / .ckpt ファイル (Stable Diffusion 1, 2, XL 系)。複数回指定すると、それらすべてに使える一つの埋め込みになる",
     "device": "計算する場所: auto, cpu, cuda, cuda:1, mps",
     "dtype": "モデルの重みの数値形式。auto は GPU で float16、CPU で float32",
     "offload": "GPU が必要としない間、何をメインメモリーで待たせるか。off: 何も待たせない。networks: テキストエンコーダー、U-Net、VAE が順番に GPU を使う。blocks: U-Net もブロックごとに GPU を通る。遅いが最も少なくて済む。auto: このうち、空いているメモリーに収まる最初のもの",

@@ -47,6 +47,7 @@ class Room:
     outside: int  # of the U-Net: what is in none of its blocks
     block: int  # the largest of its blocks
     switches: Mapping[Offload, str]  # how the user sets another mode, in the host's own words
+    there: int = 0  # of `free`: what weights take that are there now
 
     def taken(self, mode: Offload, networks: Iterable[Network]) -> int:
         """What the weights take while only these networks are needed, but for the one block that runs."""

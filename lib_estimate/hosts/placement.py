@@ -133,6 +133,7 @@ class Placement:
         free, there = self.free(), sum(t.nbytes for t in _plain(self._roots()) if t.device.type not in MAIN_MEMORY)
         return Room(
             free=None if free is None else free + self.held + there,
+            there=self.held + there,
             mode=self.mode,
             weights={
                 network: sum({id(t): t.nbytes for t in _plain(self._roots(network))}.values()) for network in Network

@@ -128,7 +128,10 @@ def _parser() -> argparse.ArgumentParser:
 
     ui = commands.add_parser("ui", help="open the tab in a browser, without a webui")
     _add_fields(ui, ModelOptions, skip=("model",))
-    ui.add_argument("--model", default=str(DEMO_MODEL), help="checkpoint (default: the small model of the project)")
+    ui.add_argument(
+        "--model", action="append", metavar="MODEL",
+        help="checkpoint (default: the small model of the project). May be given again, as for fit",
+    )  # fmt: skip
     ui.add_argument("--out", default=EstimateRequest.out, help=_help(EstimateRequest, "out"))
     ui.add_argument("--port", type=int, default=7865, help="port on this computer (default: 7865)")
     ui.add_argument("--no-browser", action="store_true", help="don't open a browser")
@@ -147,8 +150,9 @@ def _add_fields(parser: argparse.ArgumentParser, source: type, skip: tuple = (),
         default = item.default.value if isinstance(item.default, Enum) else item.default
         shown = "" if default is False or default in ("", ()) else f" (default: {default})"
         text = item.metadata["help"].replace("%", "%%") + shown
-        if isinstance(item.default, tuple):
-            parser.add_argument(*names, dest=item.name, action="append", help=text, metavar=item.name.upper())
+        if isinstance(item.default, tuple) or item.name == "model":
+            given = {"dest": item.name, "help": text, "metavar": item.name.upper(), "required": item.name == "model"}
+            parser.add_argument(*names, action="append", **given)
             continue
         if item.default is False:
             parser.add_argument(*names, dest=item.name, action="store_true", help=text)
@@ -157,7 +161,7 @@ def _add_fields(parser: argparse.ArgumentParser, source: type, skip: tuple = (),
         fixed = item.metadata["choices"] if item.metadata["low"] is None else None
         parser.add_argument(
             *names, dest=item.name, help=text, default=default, choices=fixed, type=_converter(item),
-            required=item.name in ("model", "name"),
+            required=item.name == "name",
             metavar=None if fixed else item.name.upper(),
         )  # fmt: skip
 
@@ -193,6 +197,17 @@ def _filled(source: type, args: argparse.Namespace) -> Any:
     return source(**values)
 
 
+def _checkpoints(args: argparse.Namespace) -> list[ModelOptions]:
+    """The options of each model that was given."""
+    known: set[Path] = set()
+    for model in args.model:
+        if Path(model).resolve() in known:
+            raise EstimateError(f"--model {model} is given twice: leave one of them out.")
+        known.add(Path(model).resolve())
+    rest = {name: value for name, value in vars(args).items() if name != "model"}
+    return [_filled(ModelOptions, argparse.Namespace(**rest, model=model)) for model in args.model]
+
+
 # ---- commands -----------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +216,7 @@ def _fit(args: argparse.Namespace) -> int:
 
     request = _filled(EstimateRequest, args)
     job.check_destination(replace(request, name=words.first_name(request)))  # before the model is loaded
-    outcome = _run(request, _filled(ModelOptions, args))
+    outcome = _run(request, _checkpoints(args))
     _output(args, outcome.record, outcome.fidelity, outcome.title)
     _summary(outcome)
     return 0
@@ -210,17 +225,20 @@ def _fit(args: argparse.Namespace) -> int:
 def _batch(args: argparse.Namespace) -> int:
     from lib_estimate.interfaces import many
 
-    request, options = _filled(EstimateRequest, args), _filled(ModelOptions, args)
+    request, options = _filled(EstimateRequest, args), _checkpoints(args)
     return many.run(args.file, request, options, args.table, _Bars, _interrupts)
 
 
-def _run(request: EstimateRequest, options: ModelOptions, errors: list[tuple[int, float]] | None = None) -> Any:
-    """Runs an estimate with progress bars on stderr; returns its Outcome."""
+def _run(
+    request: EstimateRequest, options: Sequence[ModelOptions], errors: list[tuple[int, float]] | None = None
+) -> Any:
+    """Runs an estimate with progress bars on stderr; returns its Outcome. options: of each checkpoint."""
     from lib_estimate import job, words
+    from lib_estimate.hosts.several import together
     from lib_estimate.hosts.standalone import StandaloneHost
     from lib_estimate.progress import Cancel, StepReport
 
-    host = StandaloneHost(options, Path(request.out))
+    host = together([StandaloneHost(each, Path(request.out)) for each in options])
     cancel, before, last = Cancel(), 0, 0
     with _interrupts(cancel), _Bars() as bars:
         for progress in words.estimate(request, host, cancel):
@@ -299,10 +317,12 @@ def _output(args: argparse.Namespace, record: dict[str, Any], fidelity: Any, nam
 
 def _save_sheet(path: Path, fidelity: Any, prompt: str, name: str) -> None:
     from lib_estimate.report.fidelity import REFERENCES
-    from lib_estimate.report.plots import sheet
+    from lib_estimate.report.plots import below_each_other, sheet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet(fidelity.pictures, {"prompt": prompt, "embedding": name, **REFERENCES}).save(path)
+    titles = {"prompt": prompt, "embedding": name, **REFERENCES}
+    sheets = [sheet(row.fidelity.pictures, titles | {"prompt": row.name}) for row in fidelity.checkpoints]
+    below_each_other(sheets or [sheet(fidelity.pictures, titles)]).save(path)
 
 
 def _summary(outcome: Any) -> None:
@@ -319,13 +339,14 @@ def _summary(outcome: Any) -> None:
 def _measure(args: argparse.Namespace) -> int:
     from lib_estimate import job
     from lib_estimate.files import reading
+    from lib_estimate.hosts.several import together
     from lib_estimate.hosts.standalone import StandaloneHost
     from lib_estimate.report.fidelity import Fidelity, result_sentence
 
     request = _filled(EstimateRequest, args)
     request.validate()
     embedding = reading.load(args.file)
-    host = StandaloneHost(_filled(ModelOptions, args), args.file.parent)
+    host = together([StandaloneHost(each, args.file.parent) for each in _checkpoints(args)])
     with _Bars() as bars:
         for progress in job.measured(embedding, request, host):
             if isinstance(progress, Fidelity):
@@ -350,7 +371,7 @@ def _demo(args: argparse.Namespace) -> int:
     )
     errors: list[tuple[int, float]] = []
     sys.stderr.write(f"Estimating {DEMO_PROMPT!r} on the small model; this takes about a minute.\n")
-    outcome = _run(request, ModelOptions(model=str(DEMO_MODEL)), errors)
+    outcome = _run(request, [ModelOptions(model=str(DEMO_MODEL))], errors)
     sheet, plot = args.out / "demo-star.sheet.png", args.out / "demo-star.curve.png"
     _save_sheet(sheet, outcome.fidelity, DEMO_PROMPT, request.name)
     curve(plot, outcome.losses, errors, outcome.fidelity.unweighted_noise)
@@ -372,5 +393,6 @@ def _ui(args: argparse.Namespace) -> int:
         if error.name != "gradio":
             raise
         raise EstimateError("The tab needs Gradio: pip install -e '.[ui]'") from error
-    standalone_tab.launch(_filled(ModelOptions, args), args.out, args.port, browser=not args.no_browser)
+    args.model = args.model or [str(DEMO_MODEL)]
+    standalone_tab.launch(_checkpoints(args), args.out, args.port, browser=not args.no_browser)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +23,13 @@ STOPPED_BY_USER = 130  # exit status, as shells have it
 def run(
     file: Path,
     common: EstimateRequest,
-    options: ModelOptions,
+    options: Sequence[ModelOptions],
     table_file: Path | None,
     bars: Callable[[], Any],
     interrupts: Callable[[Cancel], AbstractContextManager[None]],
 ) -> int:
     """Makes every line of the file; returns the exit status. `bars()` shows progress, `interrupts(cancel)` hears
-    Ctrl-C."""
+    Ctrl-C. options: of each checkpoint."""
     share = Share.of(os.environ)
     lines, notes = lists.read(file, common)
     batch = Batch(lines, share)
@@ -39,7 +39,9 @@ def run(
     for note in notes if share.rank == 0 else ():
         sys.stderr.write(f"note: {note}\n")
     try:
-        _make(batch, Path(common.out), own_device(options, share), cancel, ledger, (bars, interrupts))
+        _make(
+            batch, Path(common.out), [own_device(each, share) for each in options], cancel, ledger, (bars, interrupts)
+        )
     except KeyboardInterrupt:  # what was made before is there, and the table tells of it
         cancel.discard()
     finally:
@@ -76,13 +78,14 @@ def own_device(options: ModelOptions, share: Share) -> ModelOptions:
 
 
 def _make(
-    batch: Batch, folder: Path, options: ModelOptions, cancel: Cancel, ledger: Ledger | None, around: tuple
+    batch: Batch, folder: Path, options: Sequence[ModelOptions], cancel: Cancel, ledger: Ledger | None, around: tuple
 ) -> None:
+    from lib_estimate.hosts.several import together
     from lib_estimate.hosts.standalone import StandaloneHost
 
     if ledger is not None:
         ledger.write()
-    host, (bars, interrupts) = StandaloneHost(options, folder), around
+    host, (bars, interrupts) = together([StandaloneHost(each, folder) for each in options]), around
     begun = 0
     with interrupts(cancel), bars() as bar:
         for moment in batch.run(host, cancel):

@@ -8,6 +8,8 @@ from typing import Any
 
 import gradio as gr
 
+from lib_estimate.hosts.base import Host
+from lib_estimate.hosts.several import each_of, together
 from lib_estimate.hosts.standalone import StandaloneHost, StandaloneSession
 from lib_estimate.interfaces.tab import build
 from lib_estimate.interfaces.view import View
@@ -21,11 +23,12 @@ class StandaloneShell:
 
     live = True
 
-    def __init__(self, options: ModelOptions, folder: str) -> None:
+    def __init__(self, options: Sequence[ModelOptions], folder: str) -> None:
+        """options: of each checkpoint that embeddings are made for."""
         self.folder = folder
-        self.model = StandaloneHost(options, Path(folder))
+        self.model = together([StandaloneHost(each, Path(folder)) for each in options])
 
-    def host(self) -> StandaloneHost:
+    def host(self) -> Host:
         return self.model
 
     def embeddings_folder(self) -> str:
@@ -51,7 +54,7 @@ class StandaloneShell:
 
     def count_tokens(self, text: str, steps: int, negative: bool) -> str:
         # Not `model.session()`: one that ends inside a run would let the weights learn again.
-        session = StandaloneSession(self.model)
+        session = StandaloneSession(each_of(self.model)[0])
         try:
             pieces = {text for part in session.read(text, steps, negative=negative) for _, text in part.texts}
             most = max((session.tokens(piece) for piece in pieces), key=len)
@@ -68,7 +71,7 @@ class StandaloneShell:
         raise NotImplementedError("a run of this tab lives and ends with its page")
 
 
-def launch(options: ModelOptions, folder: str, port: int, *, browser: bool, wait: bool = True) -> gr.Blocks:
+def launch(options: Sequence[ModelOptions], folder: str, port: int, *, browser: bool, wait: bool = True) -> gr.Blocks:
     """Opens the tab on 127.0.0.1; returns when it is closed, or at once without `wait`."""
     style = STYLE.read_text(encoding="utf-8") if STYLE.exists() else ""
     blocks = build(StandaloneShell(options, folder))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ from lib_estimate.interfaces.tab_batch import BatchFields, watched
 from lib_estimate.interfaces.view import View, views
 from lib_estimate.job import Outcome, cost_sentence
 from lib_estimate.progress import Cancel
-from lib_estimate.report.fidelity import REFERENCES, result_sentence
+from lib_estimate.report.fidelity import REFERENCES, Fidelity, result_sentence
 from lib_estimate.request import INIT_TEXT, EstimateRequest, Use
 from lib_estimate.request import Target as Which
 
@@ -429,11 +429,18 @@ class Tab:
 
 
 def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
-    """Pictures row by row, each with its title."""
-    titles = {"prompt": "prompt", "embedding": outcome.title, **REFERENCES}
+    """Pictures row by row, each with its title; of several checkpoints one after the other."""
+    several, name = outcome.fidelity.checkpoints, outcome.title
+    if not several:
+        return _rows(outcome.fidelity, {"prompt": "prompt", "embedding": name, **REFERENCES})
+    titles = {"embedding": name, **REFERENCES}
+    return [shown for one in several for shown in _rows(one.fidelity, {"prompt": f"prompt, {one.name}", **titles})]
+
+
+def _rows(fidelity: Fidelity, titles: Mapping[str, str]) -> list[tuple[Image.Image, str]]:
     columns = {
         titles[name]: [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in batch]
-        for name, batch in outcome.fidelity.pictures.items()
+        for name, batch in fidelity.pictures.items()
     }
     rows = max(map(len, columns.values()), default=0)
     return [(images[row], title) for row in range(rows) for title, images in columns.items()]

@@ -13,7 +13,7 @@ from lib_estimate.learn.learning import Lessons, noise_validator
 from lib_estimate.learn.starts import best_start
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase
 from lib_estimate.request import AUTO_VECTORS, Effort, EstimateRequest, Part, Start, Use
-from lib_estimate.target.recording import Material
+from lib_estimate.target.recording import Material, place
 
 KNEE = 1.5  # times the least error: what more vectors bring beyond that is not worth their tokens
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -28,12 +28,12 @@ def starting_vectors(
         return (yield from best_start(request, session, materials)), {}
     most = len(next(iter(initial_vectors(replace(request, vectors="init_text"), session).values())))
     candidates = [*(count for count in COUNTS if count < most), most]
-    noise, errors = noise_validator(session, materials), {}
+    noise, errors = noise_validator(materials), {}
     trial = replace(plan.DEFAULTS[Part.CROSS_ATTENTION], steps=TRIAL_STEPS)
     if materials[0].target.composed():
         trial = plan.COMPOSED[Effort.QUICK]
     lessons = Lessons(replace(request, use=Use.WHOLE), session, materials)
-    session.place(*plan.NETWORKS[trial.goal], Network.UNET)  # which looks at each number's best
+    place(materials, *plan.NETWORKS[trial.goal], Network.UNET)  # which looks at each number's best
     for number, count in enumerate(candidates):
         yield Phase("Trying numbers", number, len(candidates))
         start = initial_vectors(replace(request, vectors=count, start=Start.POOLED), session)

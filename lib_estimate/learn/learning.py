@@ -24,7 +24,7 @@ from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
 from lib_estimate.report.fidelity import report_sentences
 from lib_estimate.request import HOLE, Effort, EstimateRequest
 from lib_estimate.target.error import denoising_error
-from lib_estimate.target.recording import Material
+from lib_estimate.target.recording import Material, place
 from lib_estimate.target.sentences import distinct
 
 CHECK_SENTENCES, CHECK_POSITIONS = 8, 512
@@ -63,7 +63,7 @@ def learn(
     if any(stage.goal in (Goal.SKETCH, Goal.NOISE_AND_SKETCH) for stage in planned):
         yield from lessons.record(cancel)
     for stage in planned:
-        session.place(*plan.NETWORKS[stage.goal])
+        place(materials, *plan.NETWORKS[stage.goal])
         objective, validate = lessons.of(stage)
         if run.stages and stage.goal in RUNS_THE_UNET:  # no stage before was judged by what the U-Net makes of it
             run.best = min(run.best, start, key=validate)
@@ -99,14 +99,14 @@ class Lessons:
 
     def record(self, cancel: Cancel) -> Iterator[Phase]:
         """Records what the sketch is made of, for every material."""
-        self.session.place(Network.TEXT)
+        place(self.materials, Network.TEXT)
         anchors = [self._anchors(material) for material in self.materials]
-        self.session.place(Network.UNET)
         for material, (given, at) in zip(self.materials, anchors, strict=True):
             taken = sum(hidden.nbytes for hidden in (*material.queries.hidden, *material.check_queries.hidden))
             budget = max(self.request.memory * 2**30 - taken, 0) / len(self.materials)
             x, timestep = material.bank.x[at], material.bank.timestep[at]
-            for progress in sketched(self.session, given, x, timestep, budget, self.request.seed):
+            place(self.materials, Network.UNET, only=material.session)
+            for progress in sketched(material.session, given, x, timestep, budget, self.request.seed):
                 if isinstance(progress, Sketched):
                     self.sketches.append(progress)
                     continue
@@ -124,19 +124,18 @@ class Lessons:
         rng = Random(f"anchors {self.request.seed}")
         chosen = distinct(rng, count - alone, self.avoid, self.session.random_text)
         with torch.no_grad():
-            inside = [self.session.encode([sentence.replace(HOLE, self.request.text)]) for sentence in chosen]
+            inside = [material.session.encode([sentence.replace(HOLE, self.request.text)]) for sentence in chosen]
         return [target.single()] * alone + inside, [index % len(bank) for index in range(count)]
 
     def of(self, stage: Stage) -> Judged:
         """What a stage minimises, and the error it is judged by."""
         if self.in_sentences:
             return self._over_sentences(stage.goal)
-        parts = [self._objective(stage, *each) for each in enumerate(self.materials)]
-        together = parts[0] if len(parts) == 1 else Together(parts)
+        together = _mean([self._objective(stage, *each) for each in enumerate(self.materials)])
         return together, self._validator(stage.goal, together)
 
     def _objective(self, stage: Stage, index: int, m: Material) -> Objective:
-        session, distance = self.session, LOSSES[self.request.loss]
+        session, distance = m.session, LOSSES[self.request.loss]
         if stage.goal is Goal.HIDDEN_STATES:
             return HiddenState(session, m.target, distance)
         if stage.goal is Goal.CROSS_ATTENTION:
@@ -151,24 +150,30 @@ class Lessons:
 
     def _over_sentences(self, goal: Goal) -> Judged:
         """The objective over random sentences; judged by its own loss on sentences it never draws."""
-        session, target, text = self.session, self.materials[0].target, self.request.text
+        text, distance = self.request.text, LOSSES[self.request.loss]
         generator = torch.Generator().manual_seed(self.request.seed)
-        if goal is Goal.CROSS_ATTENTION:
-            queries, distance = self.materials[0].queries, LOSSES[self.request.loss]
-            objective = InSentences(session, target, queries, distance, text, self.avoid)
-            drawn = objective.prepared([HOLE, *self.checks], generator)
-        else:
-            objective = SketchInSentences(session, target, self.sketches[0], text, self.avoid)
-            drawn = objective.prepared([HOLE, *self.checks], generator, CHECK_POSITIONS)
-        return objective, _error_by(objective, drawn)
+        parts, drawn = [], []
+        for index, m in enumerate(self.materials):
+            if goal is Goal.CROSS_ATTENTION:
+                part = InSentences(m.session, m.target, m.queries, distance, text, self.avoid)
+                drawn.append(part.prepared([HOLE, *self.checks], generator))
+            else:
+                part = SketchInSentences(m.session, m.target, self.sketches[index], text, self.avoid)
+                drawn.append(part.prepared([HOLE, *self.checks], generator, CHECK_POSITIONS))
+            parts.append(part)
+        return _mean(parts), _error_by(Together(parts), drawn)
 
     def _validator(self, goal: Goal, objective: Objective) -> Callable[[Vectors], float]:
         """Where no U-Net runs in a stage, none judges it: a look at it would cost more than all steps in between."""
         if goal is Goal.SKETCH:
-            return _error_by(objective, None)
+            return _error_by(objective, objective.draw(torch.Generator(), True))
         if goal is Goal.CROSS_ATTENTION:
-            return cross_attention_validator(self.session, self.materials)
-        return noise_validator(self.session, self.materials)
+            return cross_attention_validator(self.materials)
+        return noise_validator(self.materials)
+
+
+def _mean(parts: Sequence[Objective]) -> Objective:
+    return parts[0] if len(parts) == 1 else Together(parts)
 
 
 def _error_by(objective: Objective, drawn: Any) -> Callable[[Vectors], float]:
@@ -179,14 +184,14 @@ def _error_by(objective: Objective, drawn: Any) -> Callable[[Vectors], float]:
     return error
 
 
-def cross_attention_validator(session: Session, materials: Sequence[Material]) -> Callable[[Vectors], float]:
+def cross_attention_validator(materials: Sequence[Material]) -> Callable[[Vectors], float]:
     """The error of cross-attention outputs for queries that aren't learnt from."""
-    parts = [CrossAttention(session, m.target, m.check_queries, LOSSES["MSE"]) for m in materials]
+    parts = [CrossAttention(m.session, m.target, m.check_queries, LOSSES["MSE"]) for m in materials]
     together = Together(parts)
     return _error_by(together, together.draw(torch.Generator(), True))
 
 
-def noise_validator(session: Session, materials: Sequence[Material]) -> Callable[[Vectors], float]:
+def noise_validator(materials: Sequence[Material]) -> Callable[[Vectors], float]:
     """The error of the predicted noise, on noise that isn't learnt from. The same vectors are not measured twice."""
     known: list[tuple[Vectors, float]] = []
 
@@ -195,7 +200,7 @@ def noise_validator(session: Session, materials: Sequence[Material]) -> Callable
         for other, value in known:
             if all(torch.equal(rows, other[key]) for key, rows in vectors.items()):
                 return value
-        errors = [denoising_error(session, m.checks, m.target.embed(session, vectors)) for m in materials]
+        errors = [denoising_error(m.session, m.checks, m.target.embed(m.session, vectors)) for m in materials]
         known.append(({key: rows.clone() for key, rows in vectors.items()}, sum(errors) / len(errors)))
         return known[-1][1]
 

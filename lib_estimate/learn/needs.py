@@ -9,7 +9,7 @@ on models of full size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +63,19 @@ class Way:
     mode: Offload
     recompute: bool
     note: str | None
+
+
+def shared(rooms: Sequence[Room]) -> Room:
+    """The room of several checkpoints on one device, as that of a model with the weights of all of them."""
+    first, *others = rooms
+    return replace(
+        first,
+        free=None if first.free is None else first.free + sum(room.there for room in others),
+        there=sum(room.there for room in rooms),
+        weights={network: sum(room.weights[network] for room in rooms) for network in first.weights},
+        outside=sum(room.outside for room in rooms),
+        block=max(room.block for room in rooms),
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lib_estimate.progress import Phase
 from lib_estimate.request import EstimateRequest, Start
 from lib_estimate.target.bank import noise_under
 from lib_estimate.target.error import share_of_empty
-from lib_estimate.target.recording import Material
+from lib_estimate.target.recording import Material, place
 from lib_estimate.target.texts import texts_of
 
 
@@ -28,11 +28,11 @@ def best_start(request: EstimateRequest, session: Session, materials: list[Mater
         return initial_vectors(request, session)
     count = len(next(iter(initial_vectors(request, session).values())))
     found = candidates(session, parts, count)
-    session.place(Network.TEXT, Network.UNET)
+    place(materials, Network.TEXT, Network.UNET)
     errors = []
     for number, vectors in enumerate(found):
         yield Phase("Trying starts", number, len(found))
-        errors.append(picture_moving_error(session, materials, vectors))
+        errors.append(picture_moving_error(materials, vectors))
     return found[errors.index(min(errors))]
 
 
@@ -60,11 +60,12 @@ def candidates(session: Session, parts: list[PromptPart], count: int) -> list[Ve
 
 
 @torch.no_grad()
-def picture_moving_error(session: Session, materials: list[Material], vectors: Vectors) -> float:
+def picture_moving_error(materials: list[Material], vectors: Vectors) -> float:
     """The error on the checks, weighted by what moves the finished picture; the mean over the materials."""
     errors = []
     for material in materials:
         checks = material.checks
-        eps = noise_under(session, checks.x, checks.timestep, material.target.embed(session, vectors))
+        given = material.target.embed(material.session, vectors)
+        eps = noise_under(material.session, checks.x, checks.timestep, given)
         errors.append(share_of_empty(eps, checks, weighted=True))
     return sum(errors) / len(errors)

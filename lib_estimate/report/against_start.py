@@ -39,7 +39,8 @@ def measure_against(
     poor = court.below_plain(before)
     to_start = plain is None or not poor
     if to_start:
-        court.bars = [*([] if poor else [court.below_plain]), below(court, before)]
+        for own, figures in court.each(before):
+            own.bars = [*([] if poor else [own.below_plain]), below(own, figures)]
     origin = start if to_start else plain
     unmoved = all(torch.equal(rows, learnt[key]) for key, rows in start.items())
     for share in (0.0,) if to_start and unmoved else shares:

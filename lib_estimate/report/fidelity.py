@@ -80,6 +80,7 @@ class Fidelity:
     unweighted_noise: float | None = None  # as unweighted_error, but with all noise levels alike: a curve's own scale
     beside: tuple[ErrorThere, ...] = ()  # of a negative embedding: beside the user's prompts and beside others
     taken: int = 0  # which of the candidates was measured last and so is meant
+    checkpoints: tuple[OnCheckpoint, ...] = ()  # of several: each one's own, the first's being the figures here, too
 
     def below_plain(self) -> bool:
         """Whether leaving the weights out comes nearer where the embedding stands alone."""
@@ -88,6 +89,10 @@ class Fidelity:
             or self.error > (self.unweighted_error or math.inf)
             or (self.picture_error or 0) > 1
         )
+
+    def hardest(self) -> Fidelity:
+        """The figures of the checkpoint with the largest error, where there are several."""
+        return max((row.fidelity for row in self.checkpoints), key=lambda one: one.error, default=self)
 
     def figures(self) -> dict[str, Any]:
         """The numbers alone, as plain values."""
@@ -106,6 +111,7 @@ class Fidelity:
             "beside": [asdict(s) for s in self.beside],
             "pixel_difference": self.pixel_difference,
             "unweighted_pixel_difference": self.unweighted_pixel_difference,
+            **({"checkpoints": [each.figures() for each in self.checkpoints]} if self.checkpoints else {}),
         }
 
 
@@ -114,6 +120,20 @@ def median_and_worst(there: Sequence[ErrorThere], fitted: bool) -> dict[str, flo
     or of the empty prompt's where there are no weights."""
     shares = [one.error if one.share is None else one.share for one in there if one.fitted is fitted]
     return {"median": median(shares), "worst": max(shares)} if shares else None
+
+
+@dataclass(frozen=True)
+class OnCheckpoint:
+    """The figures of one of several checkpoints."""
+
+    name: str
+    hash: str | None
+    fidelity: Fidelity
+    worse: bool  # whether leaving the weights out would do better there
+
+    def figures(self) -> dict[str, Any]:
+        """The numbers alone, as plain values."""
+        return {"name": self.name, "hash": self.hash, **self.fidelity.figures(), "worse": self.worse}
 
 
 def exact(target: Target, chosen: Sequence[str]) -> Fidelity:
@@ -171,6 +191,7 @@ class Court:
     """What every candidate is measured against, made once."""
 
     def __init__(self, session: Session, target: Target, request: EstimateRequest, chosen: Sequence[str]) -> None:
+        """target: the prompt alone; chosen: the sentences to measure in."""
         self.session, self.target, self.request, self.chosen = session, target, request, chosen
         self.reference = "empty" if target.plain is None else "unweighted"
         self.finals: dict[str, Tensor] = {}
@@ -266,6 +287,10 @@ class Court:
             return False
         return (self.alone() and fidelity.below_plain()) or any(s.worse() for s in self.meant(fidelity))
 
+    def each(self, fidelity: Fidelity) -> list[tuple[Court, Fidelity]]:
+        """The courts of single checkpoints, with their own figures."""
+        return [(self, fidelity)]
+
     def alone(self) -> bool:
         """Whether the embedding is meant to stand alone."""
         return self.request.use is not Use.SENTENCE
@@ -348,7 +373,8 @@ def _difference(pictures: dict[str, Tensor], name: str) -> float | None:
 
 def result_sentence(fidelity: Fidelity, name: str) -> str:
     """The figures in words."""
-    lines = [*_pictures_in_words(fidelity, name), *_steps_in_words(fidelity)]
+    shown = f"{name} on {fidelity.checkpoints[0].name}" if fidelity.checkpoints else name
+    lines = [*_pictures_in_words(fidelity, shown), *_steps_in_words(fidelity)]
     for there, fitted, where in (
         (fidelity.beside, True, "Beside your prompts"),
         (fidelity.beside, False, "Beside prompts it was not learnt with"),
@@ -362,6 +388,7 @@ def result_sentence(fidelity: Fidelity, name: str) -> str:
     weak = [s.text for s in fidelity.sentences if s.share is not None and s.share > LITTLE]
     if weak and others and others["median"] <= 1:
         lines.append(f"It carries little in sentences such as {weak[0]!r}.")
+    lines += [_row_in_words(each) for each in fidelity.checkpoints]
     return "\n".join(lines)
 
 
@@ -398,3 +425,16 @@ def _steps_in_words(fidelity: Fidelity) -> Iterator[str]:
         f"{text}, {fidelity.unweighted_error:.4f} without the weights; it carries "
         f"{100 * max(0.0, fidelity.recovered):.0f}% of the emphasis there."
     )
+
+
+def _row_in_words(row: OnCheckpoint) -> str:
+    fidelity, parts = row.fidelity, []
+    if fidelity.picture_error is not None:
+        parts.append(f"picture error {_percent(fidelity.picture_error)}")
+    parts.append(f"error {fidelity.error:.4f}")
+    if fidelity.recovered is not None:
+        parts.append(f"{100 * max(0.0, fidelity.recovered):.0f}% of the emphasis")
+    if fidelity.pixel_difference is not None:
+        parts.append(f"pixels {_percent(fidelity.pixel_difference)} off")
+    worse = ". Leaving the weights out does better there" if row.worse else ""
+    return f"On {row.name}: {', '.join(parts)}{worse}."

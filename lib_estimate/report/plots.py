@@ -31,6 +31,16 @@ def sheet(pictures: Mapping[str, Tensor], titles: Mapping[str, str]) -> Image.Im
     return out
 
 
+def below_each_other(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Several sheets as one."""
+    out = Image.new("RGB", (max(each.width for each in sheets), sum(each.height for each in sheets)), "white")
+    top = 0
+    for each in sheets:
+        out.paste(each, (0, top))
+        top += each.height
+    return out
+
+
 def _image(picture: Tensor) -> Image.Image:
     """`[3, H, W]` in 0..1 -> an image, enlarged by a whole factor where it is small."""
     array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)

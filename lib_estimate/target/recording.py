@@ -60,13 +60,20 @@ def checks(request: EstimateRequest) -> Recording:
 
 @dataclass(frozen=True)
 class Material:
-    """What is learnt from, for one sentence (or the prompt alone)."""
+    """What is learnt from, for one sentence (or the prompt alone) on one checkpoint."""
 
+    session: Session  # of that checkpoint
     target: Target
     bank: Bank
     checks: Bank
     queries: Queries
     check_queries: Queries  # met on the way to `checks`
+
+
+def place(materials: Sequence[Material], *networks: Network, only: Session | None = None) -> None:
+    """See `base.Session.place`; of every checkpoint, or of one, and then nothing of the others."""
+    for session in {id(m.session): m.session for m in materials}.values():
+        session.place(*(networks if only in (None, session) else ()))
 
 
 def materials_of(request: EstimateRequest, session: Session, alone: Target, cancel: Cancel) -> Iterator[Phase]:
@@ -120,7 +127,7 @@ def _recorded(
     given = ("Recording checks", VALIDATION, checks(request), groups[::-1])
     checked = yield from recorded(*given, plain=False)
     return [
-        Material(target, bank, beside, queries, check_queries)
+        Material(session, target, bank, beside, queries, check_queries)
         for target, (bank, queries), (beside, check_queries) in zip(groups[0], learnt, checked, strict=True)
     ]
 

@@ -9,7 +9,7 @@ import torch
 
 from lib_estimate.errors import RequestError
 from lib_estimate.files.embedding import Vectors
-from lib_estimate.hosts.base import Conditioning, PromptPart, Session, StepConditioning
+from lib_estimate.hosts.base import Conditioning, Network, PromptPart, Session, StepConditioning
 from lib_estimate.request import HOLE, EstimateRequest
 from lib_estimate.request import Target as Which
 from lib_estimate.target import besides
@@ -81,6 +81,15 @@ def build_target(request: EstimateRequest, session: Session, sentence: str = HOL
         unweighted = Target(guidance, None, plain, is_negative, frame).with_embedding(plain)
     target = Target(guidance, unweighted, session.encode([""], negative=is_negative), is_negative, frame)
     return target if _differ(target) else Target(guidance, None, target.empty, is_negative, frame)
+
+
+def targets_on(request: EstimateRequest, sessions: Sequence[Session]) -> list[Target]:
+    """The prompt alone, on each checkpoint."""
+    targets = []
+    for session in sessions:
+        session.place(Network.TEXT)
+        targets.append(build_target(request, session))
+    return targets
 
 
 def _simple(*prompts: Sequence[PromptPart]) -> bool:

@@ -172,7 +172,8 @@ def _ground(session: StandaloneSession, seed: int) -> Ground:
     count = latents(recording.checks(DEFAULT))
     few = max(1, count * DEFAULT.queries // size.queries)
     checked = Queries([hidden[:few] for hidden in queries.hidden], queries.step[:few], queries.asked, queries.kept)
-    return Ground(session, request, size, Material(target, bank, bank.at(spread(count, len(bank))), queries, checked))
+    checks = bank.at(spread(count, len(bank)))
+    return Ground(session, request, size, Material(session, target, bank, checks, queries, checked))
 
 
 def is_large(session: StandaloneSession) -> bool:

@@ -125,7 +125,7 @@ def _material(session: StandaloneSession, family: str) -> Material:
         guidance = (StepConditioning(((1.0, given),), given),)
         target = Target(guidance, None, session.encode([""]), False, session.placeholder)
     learnt, checked = latents(recording(REQUEST)), latents(checks(REQUEST))
-    return Material(target, bank(learnt), bank(checked), queries(learnt), queries(checked))
+    return Material(session, target, bank(learnt), bank(checked), queries(learnt), queries(checked))
 
 
 def vectors_of(session: StandaloneSession) -> Vectors:

@@ -73,6 +73,28 @@ def test_measure_agrees_with_fit(tmp_path, capsys) -> None:
     assert measured["unweighted_error"] == pytest.approx(fitted["unweighted_error"], rel=1e-3)
 
 
+def test_measure_on_several_models_has_a_line_and_a_row_of_pictures_for_each(tmp_path, relatives, capsys) -> None:
+    fit(tmp_path)
+    capsys.readouterr()
+    models = ["--model", str(SHAPES_SD), "--model", relatives[1].options.model]
+    more = [*models, *GENERATION, "--json", "-", "--sheet", str(tmp_path / "sheet.png")]
+    assert cli.main(["measure", str(tmp_path / "out" / "word.pt"), "a (red:1.6) circle", *more]) == 0
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    assert [row["name"] for row in record["checkpoints"]] == ["shapes_sd", "dusk"]
+    errors = [row["error"] for row in record["checkpoints"]]
+    assert record["error"] == errors[0] != errors[1]
+    for row in record["checkpoints"]:
+        assert f"On {row['name']}: picture error " in printed.err
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.height > 2 * 160 > sheet.width / 3
+
+
+def test_a_model_given_twice_is_refused(tmp_path, capsys) -> None:
+    assert fit(tmp_path, *MODEL) == 1
+    assert "is given twice" in sentence(capsys)
+
+
 def test_parse_prints_a_table(capsys) -> None:
     assert cli.main(["parse", "a (red:1.6) circle", "[a:b:0.5]"]) == 0
     out = capsys.readouterr().out

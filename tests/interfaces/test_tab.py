@@ -12,6 +12,7 @@ import torch
 from lib_estimate.errors import RequestError
 from lib_estimate.files import reading, writing
 from lib_estimate.files.embedding import Embedding
+from lib_estimate.hosts.several import Several
 from lib_estimate.interfaces import fields, standalone_tab
 from lib_estimate.interfaces import tab as tab_module
 from lib_estimate.interfaces.inside_tab import InsideTab
@@ -174,11 +175,30 @@ def test_a_program_that_fails_to_take_a_file_in_is_a_note(tab, monkeypatch, tmp_
 
 
 def test_counting_tokens_leaves_the_weights_of_a_run_frozen(tmp_path) -> None:
-    shell = standalone_tab.StandaloneShell(ModelOptions(model=str(SHAPES_SD), device="cpu"), str(tmp_path))
+    shell = standalone_tab.StandaloneShell([ModelOptions(model=str(SHAPES_SD), device="cpu")], str(tmp_path))
     with shell.model.session(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(shell.model, "session", None)  # a session of its own would give the weights back
         assert shell.count_tokens(PROMPT, 20, False) == "3/75"
         assert not any(p.requires_grad for p in shell.model.parts.unet.parameters())
+
+
+def test_of_several_models_each_has_its_line_and_its_pictures(relatives, tmp_path) -> None:
+    shell = standalone_tab.StandaloneShell.__new__(standalone_tab.StandaloneShell)
+    shell.folder, shell.model = str(tmp_path), Several(relatives[:2])
+    assert shell.count_tokens(PROMPT, 20, False) == "3/75"
+    tab = tab_module.Tab(shell)
+    with tab_module.gr.Blocks():
+        tab.lay_out()
+    given = {name: field.value for name, field in tab.fields.items()} | {
+        "prompt": PROMPT, "name": "word", "part": "Transformer", "steps": 1, "images": 1, "sampling_steps": 4,
+        "use": "As the whole prompt", "sentence": "a photo of {}", "width": 64, "height": 64,
+    }  # fmt: skip
+    *_, shown = tab._run(list(given.values()))
+    pictures, result = shown[2], shown[3]
+    assert [title for _, title in pictures[::3]] == ["prompt, shapes_sd", "prompt, dusk"]
+    assert len(pictures) == 6
+    assert "<br>On shapes_sd: picture error" in result
+    assert "<br>On dusk: picture error" in result
 
 
 # ---- a batch ------------------------------------------------------------------------------------------------------
@@ -318,7 +338,7 @@ def served(tmp_path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ModelOptions(model=str(SHAPES_SD), device="cpu")
-    blocks = standalone_tab.launch(options, str(tmp_path), port, browser=False, wait=False)
+    blocks = standalone_tab.launch([options], str(tmp_path), port, browser=False, wait=False)
     yield f"http://127.0.0.1:{port}"
     blocks.close()
 
