@@ -125,8 +125,8 @@ class EstimateRequest:
     )
     beside: tuple[str, ...] = _field(
         (),
-        "with --target negative: prompts that it will stand beside, the prompt itself being one already. May be given "
-        "again. Where they are fewer than four, plain ones are added",
+        "more prompts that the negative one will stand beside; it is learnt beside each. With fewer than four, the "
+        "prompt itself among them, plain ones are added",
     )
     part: Part = _field(
         Part.AUTO,

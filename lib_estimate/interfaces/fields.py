@@ -21,7 +21,7 @@ LABELS = {
     "overwrite": "Overwrite an existing embedding of this name",
     "format": "File format",
     "stages": "A word for each part of AND and each stage of editing",
-    "beside": "Prompts that the negative one will stand beside (one per line)",
+    "beside": "Other prompts it will stand beside (one per line)",
     "part": "Training part",
     "use": "Where will you use it?",
     "sentence": "The sentence, with {} for the word (one per line)",
