@@ -126,6 +126,11 @@ class EstimateRequest:
         "with --target negative: prompts that it will stand beside, the prompt itself being one already. May be given "
         "again. Where they are fewer than four, plain ones are added",
     )
+    take_over_lora: bool = _field(
+        False,
+        "the LoRAs whose tags are in the prompt are at work while the target is made, and not while the word is "
+        "learnt, so that it takes over what text can of them. Only in a webui",
+    )
     part: Part = _field(
         Part.AUTO,
         "what has to match. auto: picks by itself what works best. cross-attention: what the text brings about in the "
@@ -213,6 +218,7 @@ class EstimateRequest:
                     f"The {which} is empty: there is nothing to estimate. Type the text that should become one word."
                 )
         self._check_several()
+        self._check_lora()
         self._check_sentences()
         self._check_start()
         if Path(self.subfolder).is_absolute() or ".." in Path(self.subfolder).parts:
@@ -232,6 +238,13 @@ class EstimateRequest:
             raise RequestError(
                 f"{what} makes several embeddings, which start from their own texts and stand for whole prompts: leave "
                 "--use sentence, --init and --continue out."
+            )
+
+    def _check_lora(self) -> None:
+        if self.take_over_lora and (self.several or self.target is not Target.PROMPT):
+            raise RequestError(
+                "A LoRA is of the whole prompt, not of a part or of the negative prompt, so only one word for the whole "
+                "prompt can take it over: leave --take-over-lora out, or choose the prompt as --target, without --stages."
             )
 
     def _check_sentences(self) -> None:

@@ -153,6 +153,7 @@ class Tab:
         self._field("stages")
         # A webui may put remembered values in later, so there what hangs on them begins visible.
         beside.visible = not self.shell.live or target.value == WORDS[Which.NEGATIVE.value]
+        self._field("take_over_lora").visible = not self.shell.live  # without a webui there are none
 
     def _saving(self) -> None:
         with gr.Row():

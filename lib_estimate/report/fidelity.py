@@ -40,9 +40,20 @@ SENTENCES, SENTENCE_LATENTS = 6, 4  # and how many latents each is measured on
 BESIDE_STEPS = 5  # of the generation beside each prompt that a negative embedding is measured on
 LITTLE = 0.8  # share of the unweighted error from which on a sentence is said to carry little
 
-REFERENCES = {"unweighted": "without weights", "empty": "empty prompt"}  # what pictures are compared with, in words
-
-CHANGING = {"unweighted": "the weights change", "empty": "the prompt changes"}
+# What pictures are compared with, in words.
+REFERENCES = {
+    "without_lora": "without the LoRA",
+    "unweighted": "without weights",
+    "empty": "empty prompt",
+}
+# What is there in the prompt, and not in the reference, in words.
+CHANGES = {
+    "without_lora": "the LoRA changes",
+    "unweighted": "the weights change",
+    "empty": "the prompt changes",
+}
+# The same without its verb.
+LEFT_OUT = {"without_lora": "the LoRA", "unweighted": "the weights"}
 
 Progress = tuple[str, int, int]  # phase, done, total
 
@@ -68,7 +79,7 @@ class Fidelity:
     """The figures of one embedding, and the pictures behind them."""
 
     picture_error: float | None  # of the finished latents; a share of the reference's squared difference
-    reference: str  # "unweighted": the prompt without its weights; "empty" where it has none
+    reference: str  # of REFERENCES: what the prompt's pictures are compared with
     error: float  # 0: the U-Net does the same as under the prompt; 1: as far away as under an empty prompt
     unweighted_error: float | None  # the same for the prompt without its weights
     recovered: float | None  # share of the emphasis the embedding carries at single steps
@@ -82,8 +93,8 @@ class Fidelity:
     taken: int = 0  # which of the candidates was measured last and so is meant
 
     def below_plain(self) -> bool:
-        """Whether leaving the weights out comes nearer where the embedding stands alone."""
-        return self.reference == "unweighted" and (
+        """Whether leaving the weights out, or the LoRA, comes nearer where the embedding stands alone."""
+        return self.reference in LEFT_OUT and (
             (self.recovered or 0) < 0
             or self.error > (self.unweighted_error or math.inf)
             or (self.picture_error or 0) > 1
@@ -125,12 +136,12 @@ def exact(target: Target, chosen: Sequence[str]) -> Fidelity:
 def report_sentences(request: EstimateRequest) -> tuple[str, ...]:
     """The sentences a report is made of: those the user gave, or caption-like ones that depend on the seed only.
 
-    With --use sentence the user's are learnt from, and the report has others besides. A whole negative prompt is judged
-    beside prompts instead.
+    With --use sentence the user's are learnt from, and the report has others besides, but where a LoRA is taken over. A
+    whole negative prompt is judged beside prompts instead.
     """
     given = request.sentence
-    if given and request.use is not Use.SENTENCE:
-        return given
+    if request.take_over_lora or (given and request.use is not Use.SENTENCE):
+        return given  # each other one would have a LoRA put in and taken out again
     if request.target is Which.NEGATIVE and request.use is Use.WHOLE:
         return ()  # it is the whole negative prompt: what counts is what stands beside it
     rng, found = Random(f"report {request.seed}"), dict[str, None]()
@@ -172,7 +183,8 @@ class Court:
 
     def __init__(self, session: Session, target: Target, request: EstimateRequest, chosen: Sequence[str]) -> None:
         self.session, self.target, self.request, self.chosen = session, target, request, chosen
-        self.reference = "empty" if target.plain is None else "unweighted"
+        takes_over = bool(target.guidance[0].negative.networks)
+        self.reference = "empty" if target.plain is None else "without_lora" if takes_over else "unweighted"
         self.finals: dict[str, Tensor] = {}
         self.banks: dict[str, tuple[Target, Bank]] = {}  # of each sentence
         self.beside: dict[str, Bank] = {}  # of each prompt that a negative one is measured beside
@@ -194,12 +206,15 @@ class Court:
         shared = self.bank.at(few)
         for number, sentence in enumerate(self.chosen):
             yield "Sentences", number, len(self.chosen)
-            self.banks[sentence] = inside[sentence], bank_under(self.session, shared, inside[sentence])
+            there = inside[sentence]
+            self.banks[sentence] = there, bank_under(self.session, shared, there, self.request.cfg_scale)
         yield from self._record_beside()
 
     def _bank(self, path: Trajectory) -> Bank:
         """What the prompt's pictures met on their way."""
-        return bank_of(self.session, self.target, path, range(len(self.target.guidance)), levels=LEVELS)
+        return bank_of(
+            self.session, self.target, path, range(len(self.target.guidance)), self.request.cfg_scale, levels=LEVELS
+        )
 
     def _eps(self, embedding: Any) -> Tensor:
         """What the U-Net says of the bank's latents under the embedding."""
@@ -252,7 +267,7 @@ class Court:
             picture_error=picture_error(*finals),
             picture_errors=tuple(picture_errors(*finals).tolist()),
             pixel_difference=_difference(pictures, "embedding"),
-            unweighted_pixel_difference=_difference(pictures, "unweighted"),
+            unweighted_pixel_difference=_difference(pictures, self.reference) if self.target.plain else None,
             pictures=pictures,
         )
 
@@ -346,6 +361,11 @@ def _difference(pictures: dict[str, Tensor], name: str) -> float | None:
 # ---- in words -----------------------------------------------------------------------------------------------------
 
 
+def leaving_out(plain: str) -> str:
+    """What could be done in place of an embedding, of the one that figures are held against."""
+    return f"leaving {LEFT_OUT.get(plain, 'the prompt')} out"
+
+
 def result_sentence(fidelity: Fidelity, name: str) -> str:
     """The figures in words."""
     lines = [*_pictures_in_words(fidelity, name), *_steps_in_words(fidelity)]
@@ -357,7 +377,7 @@ def result_sentence(fidelity: Fidelity, name: str) -> str:
     ):
         shares = median_and_worst(there, fitted)
         if shares:
-            lines.append(_shares_in_words(where, shares, CHANGING[fidelity.reference]))
+            lines.append(_shares_in_words(where, shares, fidelity.reference))
     others = median_and_worst(fidelity.sentences, fitted=False)
     weak = [s.text for s in fidelity.sentences if s.share is not None and s.share > LITTLE]
     if weak and others and others["median"] <= 1:
@@ -365,12 +385,12 @@ def result_sentence(fidelity: Fidelity, name: str) -> str:
     return "\n".join(lines)
 
 
-def _shares_in_words(where: str, shares: dict[str, float], changing: str) -> str:
+def _shares_in_words(where: str, shares: dict[str, float], plain: str) -> str:
     if shares["median"] > 1:
-        return f"{where} it does worse than leaving the weights out: keep it to what it was made for."
-    worse = "; above 100% is worse than leaving the weights out" if changing == CHANGING["unweighted"] else ""
+        return f"{where} it does worse than {leaving_out(plain)}: keep it to what it was made for."
+    worse = f"; above 100% is worse than {leaving_out(plain)}" if plain in LEFT_OUT else ""
     return (
-        f"{where} {_percent(shares['median'])} of what {changing} is left (median; worst "
+        f"{where} {_percent(shares['median'])} of what {CHANGES[plain]} is left (median; worst "
         f"{_percent(shares['worst'])}{worse})."
     )
 
@@ -378,8 +398,11 @@ def _shares_in_words(where: str, shares: dict[str, float], changing: str) -> str
 def _pictures_in_words(fidelity: Fidelity, name: str) -> Iterator[str]:
     if fidelity.picture_error is None:
         return
-    what, left = CHANGING[fidelity.reference], _percent(fidelity.picture_error)
-    text = f"{name}: of what {what} in the finished pictures, {left} is left (picture error"
+    what = f"of what {CHANGES[fidelity.reference]} in the finished pictures"
+    left = f"{_percent(fidelity.picture_error)} is left (picture error"
+    text = f"{name}: {what}, {left}"
+    if fidelity.reference == "without_lora":
+        text = f"{name} took over {100 * max(0.0, 1 - fidelity.picture_error):.0f}% {what}; {left}"
     if len(fidelity.picture_errors) > 1:
         text += f"; picture by picture {', '.join(map(_percent, fidelity.picture_errors))}"
     yield text + ")."
@@ -394,7 +417,8 @@ def _steps_in_words(fidelity: Fidelity) -> Iterator[str]:
     if fidelity.recovered is None:
         yield text + "."
         return
+    carried = "the emphasis" if fidelity.reference == "unweighted" else f"what {CHANGES[fidelity.reference]}"
     yield (
-        f"{text}, {fidelity.unweighted_error:.4f} without the weights; it carries "
-        f"{100 * max(0.0, fidelity.recovered):.0f}% of the emphasis there."
+        f"{text}, {fidelity.unweighted_error:.4f} without {LEFT_OUT[fidelity.reference]}; it carries "
+        f"{100 * max(0.0, fidelity.recovered):.0f}% of {carried} there."
     )
