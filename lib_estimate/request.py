@@ -243,8 +243,8 @@ class EstimateRequest:
     def _check_lora(self) -> None:
         if self.take_over_lora and (self.several or self.target is not Target.PROMPT):
             raise RequestError(
-                "A LoRA is of the whole prompt, not of a part of it or of the negative prompt, so one word for the whole "
-                "prompt takes it over: leave --take-over-lora out, or --stages, or choose the prompt as the target."
+                "A LoRA is of the whole prompt, not of a part of it nor of the negative prompt, so one word for the "
+                "whole prompt takes it over: leave --take-over-lora or --stages out, or let the prompt be the target."
             )
 
     def _check_sentences(self) -> None:
