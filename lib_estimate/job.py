@@ -30,10 +30,12 @@ from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
 from lib_estimate.report.against_start import Kept, measure_against
 from lib_estimate.report.checkpoints import court_of, exact_on
 from lib_estimate.report.fidelity import Court, Fidelity, first_good, report_sentences
+from lib_estimate.report.in_words import leaving_out
 from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Start, Use
 from lib_estimate.request import Target as Which
+from lib_estimate.target.extra_networks import check_tags
 from lib_estimate.target.recording import Material, materials_of
-from lib_estimate.target.target import Target, targets_on
+from lib_estimate.target.target import Target, own_text, targets_on
 from lib_estimate.target.texts import put_together, texts_of
 
 
@@ -57,24 +59,18 @@ class Outcome:
 
 Progress = Phase | Note | StepReport | Outcome
 
-WENT_BACK = (
-    "As learnt, the vectors did worse somewhere than leaving the weights out, so they go {:.0f}% of the way that was "
-    "learnt."
-)
-STAYED = (
-    "Nothing learnt did better everywhere than leaving the weights out: the embedding is the prompt without "
-    "its weights."
-)
+WENT_BACK = "As learnt, the vectors did worse somewhere than {}, so they go {:.0f}% of the way that was learnt."
+STAYED = "Nothing learnt did better everywhere than {}: the embedding is the prompt's words alone."
 OWN_TOKENS = "The prompt has no weights, so its own tokens are exact"
 SAYS_THE_SAME = "The embedding that is continued says exactly what the prompt says"
 START_KEPT = "Nothing learnt did as well everywhere as {name} did before, so its vectors are kept as they were."
 START_BACK = (
-    "As learnt, the vectors did worse somewhere than {name}, or than leaving the weights out, so they go {share:.0f}% "
-    "of the way that was learnt."
+    "As learnt, the vectors did worse somewhere than {name}, or than {leaving_out}, so they go {share:.0f}% of the way "
+    "that was learnt."
 )
 FILE_POOR = (
-    "{name} itself does worse somewhere than leaving the weights out, so what was learnt is held against the prompt "
-    "without its weights instead."
+    "{name} itself does worse somewhere than {leaving_out}, so what was learnt is held against the prompt's words "
+    "alone instead."
 )
 TOO_MUCH = (
     "The prompt is {texts} texts, at different steps or composed with AND, and one word holds them only so far "
@@ -82,6 +78,7 @@ TOO_MUCH = (
 )
 TOO_FAR = 0.05  # error from which on that is said
 LEAVE_IT_OUT = "The prompt has no weights, so its own tokens would be exact: nothing has to be continued for it."
+LORA_AS_WHOLE = "A LoRA works on the whole picture, so the embedding is made to be the whole prompt."
 BACK = (0.75, 0.5, 0.25, 0.0)  # shares of the way from the start, tried where the whole way is worse than the start
 
 
@@ -104,10 +101,14 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
     cancel, started = cancel or Cancel(), time.perf_counter()
     origin = continued(request)
     check_destination(request)
-    with sessions_of(host) as sessions:
+    if request.take_over_lora and request.use is Use.ANYWHERE:
+        request = replace(request, use=Use.WHOLE)
+        yield Note(LORA_AS_WHOLE)
+    with sessions_of(host, tags=request.take_over_lora) as sessions:
         infos = [session.info for session in sessions]
         path = destination(request, infos)
         yield from notes_on(request, sessions[0], origin)
+        check_tags(request, sessions[0])
         alone, bill = targets_on(request, sessions), Bill(sessions)
         run, start, counts = yield from learnt(request, sessions, alone, cancel, bill)
         chosen = report_sentences(request) if run.stages else ()
@@ -176,7 +177,7 @@ def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
 
 def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iterator[Phase | Fidelity]:
     """Measures an embedding against a prompt, as at the end of an estimate; on each of a host's checkpoints."""
-    with sessions_of(host) as sessions:
+    with sessions_of(host, tags=request.take_over_lora) as sessions:
         _check_size(request, [session.info for session in sessions])
         vectors = fitting_vectors(embedding, sessions[0].info)
         court = court_of(sessions, targets_on(request, sessions), request, report_sentences(request))
@@ -229,7 +230,8 @@ def _check_size(request: EstimateRequest, infos: Sequence[ModelInfo]) -> None:
 
 def notes_on(request: EstimateRequest, session: Session, origin: Continued | None) -> Iterator[Note]:
     shadow = names.shadowed_word(request.name, session.token_ids)
-    texts = dict.fromkeys([request.text, request.prompt, request.negative, request.init, *request.sentence])
+    prompt = session.tags(request.prompt)[0] if request.take_over_lora else request.prompt
+    texts = dict.fromkeys([prompt, request.negative, request.init, *request.sentence])
     notes = dict.fromkeys(note for text in texts if text for note in session.notes(text))
     for text in [*notes, *([shadow] if shadow else [])]:
         yield Note(text)
@@ -259,7 +261,7 @@ def own_tokens_do(request: EstimateRequest, sessions: Sequence[Session], alone: 
     if None in wanted or any(target.plain is not None for target in alone) or request.vectors == AUTO_VECTORS:
         return False
     start = initial_vectors(request, sessions[0])
-    tokens = sessions[0].token_vectors(request.text)
+    tokens = sessions[0].token_vectors(own_text(request, sessions[0]))
     # More vectors move the words after them, and others may agree with the tokens alone but not among words.
     if request.use is not Use.WHOLE and any(not torch.equal(start[key], rows) for key, rows in tokens.items()):
         return False
@@ -286,11 +288,12 @@ def _report(
         fidelity = yield from _against_plain(*given)
     else:
         fidelity = yield from _against_start(*given, None if origin is None else origin.embedding.name)
-    if alone[0].single() is None:
+    if alone[0].single() is None and not alone[0].networks():
         yield from _too_much(request, sessions[0], fidelity.hardest())
     worse = [s.text for s in fidelity.sentences if s.worse()]
     if worse and request.use is not Use.WHOLE:
-        yield Note(f"In sentences such as {worse[0]!r} the prompt without its weights comes closer than the embedding.")
+        closer = f"{leaving_out(fidelity.reference)} comes closer than the embedding"
+        yield Note(f"In sentences such as {worse[0]!r} {closer}.")
     return fidelity
 
 
@@ -310,7 +313,7 @@ def _against_plain(
     share = shares[fidelity.taken]
     if share < 1:
         run.best = ways[fidelity.taken]()
-        yield Note(WENT_BACK.format(100 * share) if share else STAYED)
+        yield Note((WENT_BACK if share else STAYED).format(leaving_out(fidelity.reference), 100 * share))
     return fidelity
 
 
@@ -329,11 +332,12 @@ def _against_start(
             continue
         kept = progress
     run.best, share = kept.vectors, 100 * kept.share
+    given = {"name": name, "leaving_out": leaving_out(kept.fidelity.reference)}
     if not kept.back_to_start:
-        yield Note(FILE_POOR.format(name=name))
+        yield Note(FILE_POOR.format(**given))
     if share < 100:
-        to_start = START_BACK.format(name=name, share=share) if share else START_KEPT.format(name=name)
-        to_plain = WENT_BACK.format(share) if share else STAYED
+        to_start = (START_BACK if share else START_KEPT).format(**given, share=share)
+        to_plain = (WENT_BACK if share else STAYED).format(given["leaving_out"], share)
         yield Note(to_start if kept.back_to_start else to_plain)
     return kept.fidelity
 
@@ -355,7 +359,7 @@ def _too_much(request: EstimateRequest, session: Session, fidelity: Fidelity) ->
 
 def _starts_as_the_prompt(request: EstimateRequest, session: Session, start: Vectors) -> bool:
     """Whether the start is the prompt without its weights, so that going back there leaves just them out."""
-    tokens = session.token_vectors(request.text)
+    tokens = session.token_vectors(own_text(request, session))
     return all(
         len(start[key]) >= len(rows) and torch.equal(start[key][: len(rows)], rows) for key, rows in tokens.items()
     )

@@ -128,6 +128,11 @@ class EstimateRequest:
         "more prompts that the negative one will stand beside; it is learnt beside each. With fewer than four, the "
         "prompt itself among them, plain ones are added",
     )
+    take_over_lora: bool = _field(
+        False,
+        "the LoRAs whose tags are in the prompt are at work while the target is made, and not while the word is "
+        "learnt, so that it takes over what text can of them. Only in a webui",
+    )
     part: Part = _field(
         Part.AUTO,
         "what has to match. auto: picks by itself what works best. cross-attention: what the text brings about in the "
@@ -215,6 +220,7 @@ class EstimateRequest:
                     f"The {which} is empty: there is nothing to estimate. Type the text that should become one word."
                 )
         self._check_several()
+        self._check_lora()
         self._check_sentences()
         self._check_start()
         if Path(self.subfolder).is_absolute() or ".." in Path(self.subfolder).parts:
@@ -234,6 +240,13 @@ class EstimateRequest:
             raise RequestError(
                 f"{what} makes several embeddings, which start from their own texts and stand for whole prompts: leave "
                 "--use sentence, --init and --continue out."
+            )
+
+    def _check_lora(self) -> None:
+        if self.take_over_lora and (self.several or self.target is not Target.PROMPT):
+            raise RequestError(
+                "A LoRA is of the whole prompt, not of a part of it nor of the negative prompt, so one word for the "
+                "whole prompt takes it over: leave --take-over-lora or --stages out, or let the prompt be the target."
             )
 
     def _check_sentences(self) -> None:

@@ -17,7 +17,8 @@ from lib_estimate.hosts.standalone import StandaloneHost, StandaloneSession
 from lib_estimate.learn.needs import shared
 from lib_estimate.progress import Cancel
 from lib_estimate.report.checkpoints import Courts
-from lib_estimate.report.fidelity import Court, first_good, result_sentence
+from lib_estimate.report.fidelity import Court, first_good
+from lib_estimate.report.in_words import result_sentence
 from lib_estimate.request import Effort, EstimateRequest, ModelOptions, Part, Target, Use
 from lib_estimate.target.target import build_target
 from tests.conftest import run

@@ -29,6 +29,7 @@ def test_a_good_request_validates_to_itself() -> None:
     [
         ({"prompt": "  "}, "empty"),
         ({"target": Target.NEGATIVE}, "negative prompt is empty"),
+        ({"target": Target.NEGATIVE, "negative": "blurry", "take_over_lora": True}, "leave --take-over-lora or"),
         ({"steps": -1}, "steps"),
         ({"steps": 2.5}, "whole number"),
         ({"steps": True}, "whole number"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from random import Random
 from typing import Protocol
@@ -80,27 +80,31 @@ class ModelInfo:
 @dataclass(frozen=True)
 class Conditioning:
     """What the U-Net is told: the text encoders' hidden states `[B, T, C]`, T a multiple of a chunk's positions, and
-    where the model takes one (SDXL) the pooled vector `[B, P]` of the first chunk."""
+    where the model takes one (SDXL) the pooled vector `[B, P]` of the first chunk.
+
+    networks: the tags of the extra networks that are at work in it and in whatever is predicted under it.
+    """
 
     hidden: Tensor
     pooled: Tensor | None = None
+    networks: str = ""
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def rows(self, at: slice) -> Conditioning:
-        return Conditioning(self.hidden[at], None if self.pooled is None else self.pooled[at])
+        return replace(self, hidden=self.hidden[at], pooled=None if self.pooled is None else self.pooled[at])
 
     def expand(self, count: int) -> Conditioning:
         """One conditioning for `count` latents; more are left as they are."""
         if len(self) != 1:
             return self
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)
-        return Conditioning(self.hidden.expand(count, -1, -1), pooled)
+        return replace(self, hidden=self.hidden.expand(count, -1, -1), pooled=pooled)
 
     def same_as(self, other: Conditioning) -> bool:
-        """Whether the U-Net is told the same."""
-        if (self.pooled is None) != (other.pooled is None):
+        """Whether the same U-Net is told the same."""
+        if (self.pooled is None) != (other.pooled is None) or self.networks != other.networks:
             return False
         pairs = [(self.hidden, other.hidden)]
         if self.pooled is not None:
@@ -108,7 +112,9 @@ class Conditioning:
         return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
     def close_to(self, other: Conditioning) -> bool:
-        """Whether the U-Net is told the same but for rounding."""
+        """Whether the same U-Net is told the same but for rounding."""
+        if self.networks != other.networks:
+            return False
         if self.hidden.shape != other.hidden.shape or (self.pooled is None) != (other.pooled is None):
             return False
         pairs = [(self.hidden, other.hidden), *([] if self.pooled is None else [(self.pooled, other.pooled)])]
@@ -222,6 +228,9 @@ class Session(Protocol):
     def read(self, prompt: str, steps: int, *, negative: bool = False) -> list[PromptPart]:
         """The prompt's AND parts and their schedules over `steps` sampling steps, as the host reads them."""
 
+    def tags(self, prompt: str) -> tuple[str, list[str]]:
+        """The prompt without the tags of extra networks, such as `<lora:name:1>`, and the tags."""
+
     def tokens(self, text: str) -> list[list[Token]]:
         """The tokens of each chunk, without start, end and padding."""
 
@@ -254,12 +263,14 @@ class Session(Protocol):
         weighted: bool = True,
         together: bool = False,
         negative: bool = False,
+        networks: str = "",
     ) -> Conditioning:
         """What the U-Net is told by texts; shorter ones are filled up with empty chunks, as a webui does.
 
         Gradients reach `vectors` where the placeholder stands. `weighted=False` reads the same tokens with all weights
         at one. `together`: the texts are one prompt's schedule, which "Original" emphasis normalises as one.
-        `negative`: they stand in the negative prompt, which SDXL is given as zeros where it is empty.
+        `negative`: they stand in the negative prompt, which SDXL is given as zeros where it is empty. `networks`: tags
+        of extra networks that are at work meanwhile, in a session that was begun with `tags`.
         """
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -311,8 +322,12 @@ class Session(Protocol):
 class Host(Protocol):
     """A program with a loaded model."""
 
-    def session(self) -> AbstractContextManager[Session]:
-        """Borrows the model for one job."""
+    def session(self, *, tags: bool = False) -> AbstractContextManager[Session]:
+        """Borrows the model for one job.
+
+        tags: extra networks are at work where a Conditioning names them and nowhere else. Without it, those that are
+        active in the host are always at work. ModelError where the host has none.
+        """
 
     def without(self, names: Collection[str]) -> Host:
         """The same model for prompts in which embeddings of these names are plain words, as far as the host can."""

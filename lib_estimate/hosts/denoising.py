@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -71,7 +72,7 @@ def sensitivity(
     ]
     try:
         with torch.enable_grad():
-            eps = predict_noise(x, timestep, Conditioning(hidden, pooled))
+            eps = predict_noise(x, timestep, replace(conditioning, hidden=hidden, pooled=pooled))
             layers = range(len(modules))
             # The text's own gradient is asked for, too: what is computed again for it, with copies of weights where
             # they come and go, would otherwise stay until the end.

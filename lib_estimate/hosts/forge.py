@@ -11,7 +11,7 @@ Leans on, as read in Forge (dfdcbab6): `sd_models.forge_model_reload` and `model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from lib_estimate.errors import ModelError
 from lib_estimate.hosts.base import Network
 from lib_estimate.hosts.layouts import LAYOUTS
 from lib_estimate.hosts.lending import Managed, Views, frozen, kept_for_the_gradient
+from lib_estimate.hosts.webui_networks import remembered_objects
 from lib_estimate.hosts.webui_text import Engine
 
 TEXT_ENGINES = ("text_processing_engine", "text_processing_engine_l", "text_processing_engine_g")
@@ -40,17 +41,19 @@ def loaded() -> ForgeModel:
         raise ModelError(f"This checkpoint is of another family ({kind}). Choose a checkpoint of SD 1, SD 2 or SDXL.")
     if model.is_sdxl and not hasattr(model, "text_processing_engine_l"):
         raise ModelError("This is SDXL's refiner, which only finishes pictures. Choose an SDXL base checkpoint.")
-    if any(patcher.has_online_lora() for patcher in _patchers(model) if hasattr(patcher, "has_online_lora")):
+    return ForgeModel(model)
+
+
+def _patchers(model: Any) -> dict[Network, Any]:
+    """What loads the networks, with the LoRAs that are to be in them."""
+    objects = model.forge_objects_after_applying_lora
+    found = {Network.TEXT: objects.clip.patcher, Network.UNET: objects.unet}
+    if any(patcher.has_online_lora() for patcher in found.values() if hasattr(patcher, "has_online_lora")):
         raise ModelError(
             "LoRAs are put into the weights anew at every use, and nothing can be learnt through that. Choose an entry "
             "without (fp16 LoRA) under Diffusion in Low Bits, and make a picture with the LoRA again."
         )
-    return ForgeModel(model)
-
-
-def _patchers(model: Any) -> list[Any]:
-    objects = model.forge_objects_after_applying_lora
-    return [objects.unet, objects.clip.patcher]
+    return found
 
 
 def _chosen() -> Any:
@@ -90,7 +93,7 @@ class ForgeModel:
     def __init__(self, model: Any) -> None:
         self.model = model
         objects = model.forge_objects_after_applying_lora
-        self._patchers = {Network.TEXT: objects.clip.patcher, Network.UNET: objects.unet}
+        self._patchers = _patchers(model)
         inner = objects.unet.model
         self.engines = {engine.embedding_key: _engine(engine) for engine in _text_engines(model)}
         self.unet: nn.Module = inner.diffusion_model
@@ -146,6 +149,21 @@ class ForgeModel:
     @torch.inference_mode()  # as the webui: weights made in it and moved outside of it can't even be multiplied
     def _load(self, needed: Mapping[Network, bool]) -> None:
         memory_management.load_models_gpu([self._patchers[network] for network in needed if needed[network]])
+
+    def switch(self, activate: Callable[[], None]) -> None:
+        self.placement.leave()
+        with torch.inference_mode():
+            activate()
+        self._patchers = _patchers(self.model)
+
+    def remembered(self) -> Callable[[], None]:
+        patchers = self._patchers
+
+        def load() -> None:
+            self._patchers = patchers
+            self._load(dict.fromkeys(patchers, True))
+
+        return remembered_objects(self.model, load)
 
     @contextmanager
     def returned(self) -> Iterator[None]:

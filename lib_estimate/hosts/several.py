@@ -15,9 +15,9 @@ class Several:
     def __init__(self, hosts: Sequence[Host]) -> None:
         self.hosts = hosts
 
-    def session(self) -> AbstractContextManager[Session]:
+    def session(self, *, tags: bool = False) -> AbstractContextManager[Session]:
         """The first checkpoint alone."""
-        return self.hosts[0].session()
+        return self.hosts[0].session(tags=tags)
 
     def without(self, names: Collection[str]) -> Several:
         return Several([host.without(names) for host in self.hosts])
@@ -34,10 +34,10 @@ def each_of(host: Host) -> Sequence[Host]:
 
 
 @contextmanager
-def sessions_of(host: Host) -> Iterator[list[Session]]:
+def sessions_of(host: Host, *, tags: bool = False) -> Iterator[list[Session]]:
     """A session of each of a host's checkpoints, all at the same time; EstimateError where no embedding fits all."""
     with ExitStack() as stack:
-        lent = [stack.enter_context(each.session()) for each in each_of(host)]
+        lent = [stack.enter_context(each.session(tags=tags)) for each in each_of(host)]
         for session in lent[1:]:
             _check_alike(lent[0].info, session.info)
         yield lent

@@ -76,7 +76,11 @@ class StandaloneHost:
         return Placement(text, parts.unet, parts.vae, self.device, mode, switches=SWITCHES)
 
     @contextmanager
-    def session(self) -> Iterator[StandaloneSession]:
+    def session(self, *, tags: bool = False) -> Iterator[StandaloneSession]:
+        if tags:
+            raise ModelError(
+                "A word can take over a LoRA only in a webui, where LoRAs are: leave --take-over-lora out."
+            )
         networks = self.parts.networks()
         flags = [(p, p.requires_grad) for network in networks for p in network.parameters()]
         modes = [(module, module.training) for network in networks for module in network.modules()]
@@ -156,9 +160,11 @@ class StandaloneSession(Placed):
         text, _ = schedule.extra_network_tags(prompt)
         return [PromptPart(w, tuple(schedule.prompt_schedule(part, steps))) for part, w in schedule.split_and(text)]
 
+    def tags(self, prompt: str) -> tuple[str, list[str]]:
+        return schedule.extra_network_tags(prompt)
+
     def notes(self, prompt: str) -> list[str]:
-        tags = schedule.extra_network_tags(prompt)[1]
-        notes = [f"{tag} has no effect: extra networks such as LoRA need a webui." for tag in tags]
+        notes = [f"{tag} has no effect: extra networks such as LoRA need a webui." for tag in self.tags(prompt)[1]]
         ids = self.token_ids(prompt)
         found = [self._foreign.find(ids, position) for position in range(len(ids))]
         for name in dict.fromkeys(name for name, _, _ in filter(None, found)):
@@ -213,6 +219,7 @@ class StandaloneSession(Placed):
         weighted: bool = True,
         together: bool = False,
         negative: bool = False,
+        networks: str = "",
     ) -> Conditioning:
         self.placement.bring(Network.TEXT)
         columns = self._prepared(tuple(texts), 0 if vectors is None else len(next(iter(vectors.values()))))

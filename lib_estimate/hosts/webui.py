@@ -4,7 +4,8 @@ Leans on, as read in 1.10.1 (82a973c0): `shared.sd_model` with `cond_stage_model
 `apply_model`, `alphas_cumprod`, `parameterization`, `first_stage_model`; `EmbeddingsWithFixes` (the token table, known
 by its `textual_inversion_key`), `model_hijack.embedding_db` with `register_embedding_by_name`, `skipped_embeddings` and
 `load_textual_inversion_embeddings`; `devices.dtype_unet`, `devices.fp8`, `sd_unet.current_unet`,
-`processing.txt2img_image_conditioning`, `lowvram.send_everything_to_cpu` and `module_in_gpu`. In reForge (3b56b268) and
+`processing.txt2img_image_conditioning`, `lowvram.send_everything_to_cpu` and `module_in_gpu`; of its
+LoRA extension `load_networks` and `network_apply_weights`. In reForge (3b56b268) and
 Forge Classic (1f95d717) besides: `forge_objects` with the patchers `unet`, `clip`, `vae`,
 `ldm_patched.modules.model_management` with `load_models_gpu` and `get_free_memory`, and
 `modules_forge.forge_clip.move_clip_to_gpu`.
@@ -12,7 +13,7 @@ Forge Classic (1f95d717) besides: `forge_objects` with the patchers `unet`, `cli
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,15 +21,20 @@ from typing import Any
 import torch
 from modules import devices, processing, sd_hijack, sd_unet, shared
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lib_estimate.errors import ModelError
 from lib_estimate.hosts.base import Network
 from lib_estimate.hosts.layouts import LAYOUTS
 from lib_estimate.hosts.lending import Managed, Views, frozen, kept_for_the_gradient
 from lib_estimate.hosts.placement import Placement
+from lib_estimate.hosts.webui_networks import lora_networks, remembered_objects
 from lib_estimate.hosts.webui_text import Engine
 from lib_estimate.request import Offload
 
+MULTIPLIERS = ("te_multiplier", "unet_multiplier", "dyn_dim")  # of a loaded LoRA, as `load_networks` is told them
+# What the webui's LoRAs are put into. What leaves torch's own attention is put into with the attention itself.
+LORA_LAYERS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)
 SWITCHES = {Offload.NETWORKS: "--medvram", Offload.BLOCKS: "--lowvram"}
 
 
@@ -94,6 +100,34 @@ class WebuiModel:
     def returned(self) -> nullcontext:
         return nullcontext()
 
+    def switch(self, activate: Callable[[], None]) -> None:
+        """At once, in every layer: the webui would do it when a layer is used, and then in a copy of its weights where
+        these come and go."""
+        self.placement.place()
+        activate()
+        self._apply_loras()
+
+    def remembered(self) -> Callable[[], None]:
+        networks = lora_networks()
+        before = [] if networks is None else list(networks.loaded_networks)
+        numbers = [[getattr(each, name) for each in before] for name in MULTIPLIERS]
+
+        def give_back() -> None:
+            if networks is not None:
+                networks.load_networks([each.name for each in before], *numbers)
+            self._apply_loras()
+
+        return give_back
+
+    @torch.no_grad()
+    def _apply_loras(self) -> None:
+        networks = lora_networks()
+        if networks is None or shared.opts.lora_functional:  # that is a way to leave the weights as they are
+            return
+        for module in self.model.modules():
+            if isinstance(module, LORA_LAYERS) and not isinstance(module, NonDynamicallyQuantizableLinear):
+                networks.network_apply_weights(module)
+
     def alphas_cumprod(self) -> Tensor:
         return self.model.alphas_cumprod.to(self.device, torch.float32)
 
@@ -153,7 +187,7 @@ class PatchedModel(WebuiModel):
 
         super().__init__(model)
         objects = model.forge_objects
-        self._patchers = {Network.TEXT: objects.clip.patcher, Network.UNET: objects.unet}
+        self._patchers = _patchers(objects)
         inner = objects.unet.model
         self.unet = inner.diffusion_model
         self.dtype = getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
@@ -185,6 +219,21 @@ class PatchedModel(WebuiModel):
 
         model_management.load_models_gpu([self._patchers[network] for network in needed if needed[network]])
 
+    def switch(self, activate: Callable[[], None]) -> None:
+        self.placement.leave()
+        with torch.inference_mode():
+            activate()
+        self._patchers = _patchers(self.model.forge_objects_after_applying_lora)
+
+    def remembered(self) -> Callable[[], None]:
+        patchers = self._patchers
+
+        def load() -> None:
+            self._patchers = patchers
+            self._load(dict.fromkeys(patchers, True))
+
+        return remembered_objects(self.model, load)
+
     @contextmanager
     def returned(self) -> Iterator[None]:
         self.placement.leave()
@@ -203,6 +252,11 @@ class PatchedModel(WebuiModel):
             return None
         with self.returned():
             return super().image_conditioning(x, width, height)
+
+
+def _patchers(objects: Any) -> dict[Network, Any]:
+    """What loads the networks, with the LoRAs that are to be in them."""
+    return {Network.TEXT: objects.clip.patcher, Network.UNET: objects.unet}
 
 
 def _engines_of(model: Any) -> dict[str, Engine]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -23,10 +24,11 @@ from lib_estimate.hosts.base import (
 )
 from lib_estimate.hosts.family import family
 from lib_estimate.hosts.placement import Placed, Placement
+from lib_estimate.hosts.webui_networks import Switch, Switchable, switching
 from lib_estimate.hosts.webui_text import Engine, WebuiText
 
 
-class Loaded(Protocol):
+class Loaded(Switchable, Protocol):
     """A webui's checkpoint that can be learnt on, as one family of webuis holds it."""
 
     model: Any  # what the webui's own functions take
@@ -69,20 +71,20 @@ class WebuiHost:
         self.locked = locked
 
     @contextmanager
-    def session(self) -> Iterator[WebuiSession]:
+    def session(self, *, tags: bool = False) -> Iterator[WebuiSession]:
         if not self.locked:
             with call_queue.queue_lock:
-                yield from self._session()
+                yield from self._session(tags)
             return
-        yield from self._session()
+        yield from self._session(tags)
 
     def without(self, names: Collection[str]) -> WebuiHost:
         return self  # the webui doesn't know a batch's files before the tab tells it of them, after the batch
 
-    def _session(self) -> Iterator[WebuiSession]:
+    def _session(self, tags: bool) -> Iterator[WebuiSession]:
         model = family().loaded()
-        with model.lent():
-            session = WebuiSession(model)
+        with switching(model) if tags else nullcontext() as switch, model.lent():
+            session = WebuiSession(model, switch)
             try:
                 yield session
             finally:
@@ -92,9 +94,9 @@ class WebuiHost:
 class WebuiSession(Placed, WebuiText):
     """See `base.Session`."""
 
-    def __init__(self, model: Loaded) -> None:
+    def __init__(self, model: Loaded, switch: Switch | None) -> None:
         super().__init__(model.engines, model.device)
-        self.model, self.unet = model, model.unet
+        self.model, self.unet, self.switch = model, model.unet, switch
         checkpoint = model.model.sd_checkpoint_info
         self.info = ModelInfo(
             name=checkpoint.model_name,
@@ -111,14 +113,21 @@ class WebuiSession(Placed, WebuiText):
         self._extra: dict[tuple[int, ...], Tensor | None] = {}
         self._sizes: dict[tuple[int, ...], Tensor] = {}
 
-    def encode(self, *given: Any, **named: Any) -> Conditioning:
+    def encode(self, *given: Any, networks: str = "", **named: Any) -> Conditioning:
+        self._have_at_work(networks)
         self.placement.bring(Network.TEXT)
-        return super().encode(*given, **named)
+        return replace(super().encode(*given, **named), networks=networks)
+
+    def _have_at_work(self, networks: str) -> None:
+        """Extra networks may bring embeddings with them, so that texts are read anew."""
+        if self.switch is not None and self.switch.to(networks):
+            self._batches.clear()
 
     def _autocast(self) -> Any:
         return devices.autocast()
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        self._have_at_work(conditioning.networks)
         given, dtype = conditioning.expand(len(x)), self.info.dtype
         vector, extra = self._vector(x, given), self._image_conditioning(x)
         self.placement.bring(Network.UNET)
@@ -179,6 +188,7 @@ class WebuiSession(Placed, WebuiText):
     def cross_attention(self) -> list[CrossAttentionLayer]:
         def call(module: nn.Module) -> CrossAttentionLayer:
             def layer(hidden: Tensor, context: Tensor) -> Tensor:
+                self._have_at_work("")
                 self.placement.bring(Network.ATTENTION)
                 with devices.autocast():
                     return module(hidden, context=context.to(self.info.dtype)).float()

@@ -82,10 +82,15 @@ class WebuiText:
         rows = (tuple((int(until), text) for until, text in schedule) for schedule in schedules)
         return [PromptPart(float(w), row) for w, row in zip(weights, rows, strict=True)]
 
+    def tags(self, prompt: str) -> tuple[str, list[str]]:
+        text, found = extra_networks.parse_prompt(prompt)
+        return text, [f"<{name}:{':'.join(p.items)}>" for name, entries in found.items() for p in entries]
+
     def notes(self, prompt: str) -> list[str]:
-        _, found = extra_networks.parse_prompt(prompt)
-        tags = [f"<{name}:{':'.join(p.items)}>" for name, entries in found.items() for p in entries]
-        notes = [f"{tag} is left out: an embedding can't carry it. Write it beside the word." for tag in tags]
+        notes = [
+            f"{tag} is left out. Write it beside the word, or let the word take it over (--take-over-lora)."
+            for tag in self.tags(prompt)[1]
+        ]
         skipped = next(iter(self.engines.values())).skipped
         return notes + [
             foreign_embedding(name, _widths(skipped[name].vec), self.widths().values())

@@ -316,7 +316,7 @@ def _output(args: argparse.Namespace, record: dict[str, Any], fidelity: Any, nam
 
 
 def _save_sheet(path: Path, fidelity: Any, prompt: str, name: str) -> None:
-    from lib_estimate.report.fidelity import REFERENCES
+    from lib_estimate.report.in_words import REFERENCES
     from lib_estimate.report.plots import below_each_other, sheet
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -327,7 +327,7 @@ def _save_sheet(path: Path, fidelity: Any, prompt: str, name: str) -> None:
 
 def _summary(outcome: Any) -> None:
     from lib_estimate.job import cost_sentence
-    from lib_estimate.report.fidelity import result_sentence
+    from lib_estimate.report.in_words import result_sentence
 
     cost = cost_sentence(outcome.record["forwards"], outcome.record["settings"]["sampling_steps"])
     said = result_sentence(outcome.fidelity, outcome.title)
@@ -341,7 +341,8 @@ def _measure(args: argparse.Namespace) -> int:
     from lib_estimate.files import reading
     from lib_estimate.hosts.several import together
     from lib_estimate.hosts.standalone import StandaloneHost
-    from lib_estimate.report.fidelity import Fidelity, result_sentence
+    from lib_estimate.report.fidelity import Fidelity
+    from lib_estimate.report.in_words import result_sentence
 
     request = _filled(EstimateRequest, args)
     request.validate()

@@ -22,6 +22,7 @@ LABELS = {
     "format": "File format",
     "stages": "A word for each part of AND and each stage of editing",
     "beside": "Other prompts it will stand beside (one per line)",
+    "take_over_lora": "Let the word take over the LoRA",
     "part": "Training part",
     "use": "Where will you use it?",
     "sentence": "The sentence, with {} for the word (one per line)",
@@ -55,7 +56,8 @@ WORDS = {  # value -> what the tab calls it
     "whole": "As the whole prompt",
     "sentence": "In this sentence",
 }
-SAID_ELSEWHERE = ("target", "name", "format", "part", "use", "sentence")  # their help would repeat what stands beside
+# Their help would repeat what stands beside them.
+SAID_ELSEWHERE = ("target", "name", "overwrite", "format", "part", "use", "sentence")
 NUMBER = "number"  # the third way to say how many vectors
 COUNTS = {AUTO_VECTORS: "Auto", INIT_TEXT: "From the initial text", NUMBER: "This many:"}
 PART_HELP = {
@@ -95,10 +97,10 @@ def component(name: str, value: Any) -> Any:
     item, about = field_of(name), field_of(name).metadata
     given = {"label": LABELS.get(name, name.replace("_", " ").capitalize()), "elem_id": identifier(name)}
     value = value.value if isinstance(value, Enum) else value
-    if isinstance(item.default, bool):
-        return gr.Checkbox(value=value, **given)
     if name not in SAID_ELSEWHERE:
         given["info"] = about["help"]
+    if isinstance(item.default, bool):
+        return gr.Checkbox(value=value, **given)
     if about["choices"] and about["low"] is None:
         words = choices_of(name)
         kind = gr.Radio if len(words) <= 4 else gr.Dropdown

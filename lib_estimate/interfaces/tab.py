@@ -37,7 +37,8 @@ from lib_estimate.interfaces.tab_batch import BatchFields, watched
 from lib_estimate.interfaces.view import View, views
 from lib_estimate.job import Outcome, cost_sentence
 from lib_estimate.progress import Cancel
-from lib_estimate.report.fidelity import REFERENCES, Fidelity, result_sentence
+from lib_estimate.report.fidelity import Fidelity
+from lib_estimate.report.in_words import REFERENCES, result_sentence
 from lib_estimate.request import INIT_TEXT, EstimateRequest, Use
 from lib_estimate.request import Target as Which
 
@@ -153,6 +154,7 @@ class Tab:
         self._field("stages")
         # A webui may put remembered values in later, so there what hangs on them begins visible.
         beside.visible = not self.shell.live or target.value == WORDS[Which.NEGATIVE.value]
+        self._field("take_over_lora").visible = not self.shell.live  # without a webui there are none
 
     def _saving(self) -> None:
         with gr.Row():

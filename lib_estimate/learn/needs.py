@@ -80,7 +80,8 @@ def shared(rooms: Sequence[Room]) -> Room:
 
 @dataclass(frozen=True)
 class Case:
-    """A request, on a model, on a device. composed: the prompt has AND; steady: it is the same at every step."""
+    """A request, on a model, on a device. composed: the prompt has AND, or a LoRA to take over; steady: it is the same
+    at every step."""
 
     request: EstimateRequest
     info: ModelInfo

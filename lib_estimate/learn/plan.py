@@ -91,13 +91,16 @@ COMPOSED = {
     Effort.NORMAL: Stage(Goal.NOISE, LBFGS, "1", "constant", 3, latents=8),
     Effort.BEST: Stage(Goal.NOISE, LBFGS, "1", "constant", 18, latents=12),
 }
+# A LoRA to take over, which may change much: more steps go further than more latents.
+TAKING_OVER = {**COMPOSED, Effort.NORMAL: Stage(Goal.NOISE, LBFGS, "1", "constant", 6, latents=4)}
 
 
 def stages(request: EstimateRequest, *, composed: bool, steady: bool, squeezed: bool = False) -> list[Stage]:
     """The stages of a request, in order.
 
-    composed: the prompt has AND, which cross-attention can't express. steady: it is the same at every step. squeezed:
-    it has more tokens than there are vectors. What the user has set goes for the first stage, which is the main one.
+    composed: the prompt has AND, or a LoRA to take over, which cross-attention can't express. steady: it is the same at
+    every step. squeezed: it has more tokens than there are vectors. What the user has set goes for the first stage,
+    which is the main one.
     """
     first, *rest = _planned(request, composed, steady)
     if squeezed and rest and first == DEFAULTS[Part.CROSS_ATTENTION]:
@@ -138,7 +141,7 @@ def in_sentences(request: EstimateRequest, *, steady: bool) -> bool:
 def _planned(request: EstimateRequest, composed: bool, steady: bool) -> list[Stage]:
     part, polish = request.part, POLISH[request.effort]
     if part is Part.AUTO and composed:
-        return [COMPOSED[request.effort]]
+        return [(TAKING_OVER if request.take_over_lora else COMPOSED)[request.effort]]
     if in_sentences(request, steady=steady and not composed):
         return [SKETCH_IN_SENTENCES if part is Part.AUTO else CROSS_ATTENTION_IN_SENTENCES]
     if part is Part.AUTO:

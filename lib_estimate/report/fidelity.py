@@ -38,11 +38,10 @@ LEVELS = 8  # noise levels of a generation that are measured at
 SEEDS = 2  # generations measured on where no pictures are drawn
 SENTENCES, SENTENCE_LATENTS = 6, 4  # and how many latents each is measured on
 BESIDE_STEPS = 5  # of the generation beside each prompt that a negative embedding is measured on
-LITTLE = 0.8  # share of the unweighted error from which on a sentence is said to carry little
 
-REFERENCES = {"unweighted": "without weights", "empty": "empty prompt"}  # what pictures are compared with, in words
-
-CHANGING = {"unweighted": "the weights change", "empty": "the prompt changes"}
+# What pictures are compared with, in words.
+# What is there in the prompt, and not in the reference, in words.
+# The same without its verb.
 
 Progress = tuple[str, int, int]  # phase, done, total
 
@@ -68,7 +67,7 @@ class Fidelity:
     """The figures of one embedding, and the pictures behind them."""
 
     picture_error: float | None  # of the finished latents; a share of the reference's squared difference
-    reference: str  # "unweighted": the prompt without its weights; "empty" where it has none
+    reference: str  # of REFERENCES: what the prompt's pictures are compared with
     error: float  # 0: the U-Net does the same as under the prompt; 1: as far away as under an empty prompt
     unweighted_error: float | None  # the same for the prompt without its weights
     recovered: float | None  # share of the emphasis the embedding carries at single steps
@@ -83,8 +82,8 @@ class Fidelity:
     checkpoints: tuple[OnCheckpoint, ...] = ()  # of several: each one's own, the first's being the figures here, too
 
     def below_plain(self) -> bool:
-        """Whether leaving the weights out comes nearer where the embedding stands alone."""
-        return self.reference == "unweighted" and (
+        """Whether leaving the weights out, or the LoRA, comes nearer where the embedding stands alone."""
+        return self.reference != "empty" and (
             (self.recovered or 0) < 0
             or self.error > (self.unweighted_error or math.inf)
             or (self.picture_error or 0) > 1
@@ -145,12 +144,12 @@ def exact(target: Target, chosen: Sequence[str]) -> Fidelity:
 def report_sentences(request: EstimateRequest) -> tuple[str, ...]:
     """The sentences a report is made of: those the user gave, or caption-like ones that depend on the seed only.
 
-    With --use sentence the user's are learnt from, and the report has others besides. A whole negative prompt is judged
-    beside prompts instead.
+    With --use sentence the user's are learnt from, and the report has others besides, but where a LoRA is taken over. A
+    whole negative prompt is judged beside prompts instead.
     """
     given = request.sentence
-    if given and request.use is not Use.SENTENCE:
-        return given
+    if request.take_over_lora or (given and request.use is not Use.SENTENCE):
+        return given  # each other one would have a LoRA put in and taken out again
     if request.target is Which.NEGATIVE and request.use is Use.WHOLE:
         return ()  # it is the whole negative prompt: what counts is what stands beside it
     rng, found = Random(f"report {request.seed}"), dict[str, None]()
@@ -193,7 +192,8 @@ class Court:
     def __init__(self, session: Session, target: Target, request: EstimateRequest, chosen: Sequence[str]) -> None:
         """target: the prompt alone; chosen: the sentences to measure in."""
         self.session, self.target, self.request, self.chosen = session, target, request, chosen
-        self.reference = "empty" if target.plain is None else "unweighted"
+        takes_over = bool(target.guidance[0].negative.networks)
+        self.reference = "empty" if target.plain is None else "without_lora" if takes_over else "unweighted"
         self.finals: dict[str, Tensor] = {}
         self.banks: dict[str, tuple[Target, Bank]] = {}  # of each sentence
         self.beside: dict[str, Bank] = {}  # of each prompt that a negative one is measured beside
@@ -215,12 +215,15 @@ class Court:
         shared = self.bank.at(few)
         for number, sentence in enumerate(self.chosen):
             yield "Sentences", number, len(self.chosen)
-            self.banks[sentence] = inside[sentence], bank_under(self.session, shared, inside[sentence])
+            there = inside[sentence]
+            self.banks[sentence] = there, bank_under(self.session, shared, there, self.request.cfg_scale)
         yield from self._record_beside()
 
     def _bank(self, path: Trajectory) -> Bank:
         """What the prompt's pictures met on their way."""
-        return bank_of(self.session, self.target, path, range(len(self.target.guidance)), levels=LEVELS)
+        return bank_of(
+            self.session, self.target, path, range(len(self.target.guidance)), self.request.cfg_scale, levels=LEVELS
+        )
 
     def _eps(self, embedding: Any) -> Tensor:
         """What the U-Net says of the bank's latents under the embedding."""
@@ -273,7 +276,7 @@ class Court:
             picture_error=picture_error(*finals),
             picture_errors=tuple(picture_errors(*finals).tolist()),
             pixel_difference=_difference(pictures, "embedding"),
-            unweighted_pixel_difference=_difference(pictures, "unweighted"),
+            unweighted_pixel_difference=_difference(pictures, self.reference) if self.target.plain else None,
             pictures=pictures,
         )
 
@@ -366,75 +369,3 @@ def _difference(pictures: dict[str, Tensor], name: str) -> float | None:
     if name not in pictures:
         return None
     return float((pictures[name] - pictures["prompt"]).abs().mean())
-
-
-# ---- in words -----------------------------------------------------------------------------------------------------
-
-
-def result_sentence(fidelity: Fidelity, name: str) -> str:
-    """The figures in words."""
-    shown = f"{name} on {fidelity.checkpoints[0].name}" if fidelity.checkpoints else name
-    lines = [*_pictures_in_words(fidelity, shown), *_steps_in_words(fidelity)]
-    for there, fitted, where in (
-        (fidelity.beside, True, "Beside your prompts"),
-        (fidelity.beside, False, "Beside prompts it was not learnt with"),
-        (fidelity.sentences, True, "In the sentences it was made for"),
-        (fidelity.sentences, False, "In other sentences"),
-    ):
-        shares = median_and_worst(there, fitted)
-        if shares:
-            lines.append(_shares_in_words(where, shares, CHANGING[fidelity.reference]))
-    others = median_and_worst(fidelity.sentences, fitted=False)
-    weak = [s.text for s in fidelity.sentences if s.share is not None and s.share > LITTLE]
-    if weak and others and others["median"] <= 1:
-        lines.append(f"It carries little in sentences such as {weak[0]!r}.")
-    lines += [_row_in_words(each) for each in fidelity.checkpoints]
-    return "\n".join(lines)
-
-
-def _shares_in_words(where: str, shares: dict[str, float], changing: str) -> str:
-    if shares["median"] > 1:
-        return f"{where} it does worse than leaving the weights out: keep it to what it was made for."
-    worse = "; above 100% is worse than leaving the weights out" if changing == CHANGING["unweighted"] else ""
-    return (
-        f"{where} {_percent(shares['median'])} of what {changing} is left (median; worst "
-        f"{_percent(shares['worst'])}{worse})."
-    )
-
-
-def _pictures_in_words(fidelity: Fidelity, name: str) -> Iterator[str]:
-    if fidelity.picture_error is None:
-        return
-    what, left = CHANGING[fidelity.reference], _percent(fidelity.picture_error)
-    text = f"{name}: of what {what} in the finished pictures, {left} is left (picture error"
-    if len(fidelity.picture_errors) > 1:
-        text += f"; picture by picture {', '.join(map(_percent, fidelity.picture_errors))}"
-    yield text + ")."
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.{1 if share < 0.1 else 0}f}%"
-
-
-def _steps_in_words(fidelity: Fidelity) -> Iterator[str]:
-    text = f"At single sampling steps its error is {fidelity.error:.4f} of an empty prompt's"
-    if fidelity.recovered is None:
-        yield text + "."
-        return
-    yield (
-        f"{text}, {fidelity.unweighted_error:.4f} without the weights; it carries "
-        f"{100 * max(0.0, fidelity.recovered):.0f}% of the emphasis there."
-    )
-
-
-def _row_in_words(row: OnCheckpoint) -> str:
-    fidelity, parts = row.fidelity, []
-    if fidelity.picture_error is not None:
-        parts.append(f"picture error {_percent(fidelity.picture_error)}")
-    parts.append(f"error {fidelity.error:.4f}")
-    if fidelity.recovered is not None:
-        parts.append(f"{100 * max(0.0, fidelity.recovered):.0f}% of the emphasis")
-    if fidelity.pixel_difference is not None:
-        parts.append(f"pixels {_percent(fidelity.pixel_difference)} off")
-    worse = ". Leaving the weights out does better there" if row.worse else ""
-    return f"On {row.name}: {', '.join(parts)}{worse}."

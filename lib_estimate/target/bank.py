@@ -70,6 +70,7 @@ def bank_of(
     target: Target,
     path: Trajectory,
     chosen: Sequence[int],
+    cfg_scale: float,
     *,
     levels: int = 0,
     references: bool = True,
@@ -89,19 +90,33 @@ def bank_of(
         weight = torch.stack([weight[a:b].sum() for a, b in pairwise(edges)])
     x, timestep = path.x[taken].flatten(0, 1), path.timestep[taken].repeat_interleave(seeds)
     step = torch.tensor([chosen[index] for index in taken]).repeat_interleave(seeds)
-    own, other = (path.negative, path.positive) if target.negative else (path.positive, path.negative)
+    positive, negative = (side[taken].flatten(0, 1) for side in (path.positive, path.negative))
+    own, other = (negative, positive) if target.negative else (positive, negative)
+    if target.networks():
+        other = guided_noise(session, x, timestep, step, target.plain, True)
+        own = without_networks(own, negative, other, cfg_scale)
     empty = unweighted = None
     if references:
-        known = _other_is_empty(target)
-        empty = other[taken].flatten(0, 1) if known else noise_under(session, x, timestep, target.empty)
+        empty = other if _other_is_empty(target) else noise_under(session, x, timestep, target.empty)
     if references and plain and target.plain is not None:
         unweighted = guided_noise(session, x, timestep, step, target.plain, target.negative)
-    return Bank(x, timestep, step, weight.repeat_interleave(seeds), own[taken].flatten(0, 1), empty, unweighted)
+    return Bank(x, timestep, step, weight.repeat_interleave(seeds), own, empty, unweighted)
 
 
-def bank_under(session: Session, bank: Bank, target: Target) -> Bank:
+def without_networks(own: Tensor, negative: Tensor, beside: Tensor, cfg_scale: float) -> Tensor:
+    """eps E that acts under CFG beside `beside`, the negative prompt's eps without the prompt's extra networks, as
+    `own` does beside `negative`, both with them: beside + s (E - beside) = negative + s (own - negative)."""
+    return own + (1 - 1 / cfg_scale) * (beside - negative)
+
+
+def bank_under(session: Session, bank: Bank, target: Target, cfg_scale: float) -> Bank:
     """The latents of a bank with what another target says there; the empty prompt's eps is the same."""
     wanted = guided_noise(session, bank.x, bank.timestep, bank.step, target.guidance, target.negative)
+    if target.networks():
+        sides = (target.guidance, target.plain)
+        wanted = without_networks(
+            wanted, *(guided_noise(session, bank.x, bank.timestep, bank.step, side, True) for side in sides), cfg_scale
+        )
     plain = None
     if target.plain is not None:
         plain = guided_noise(session, bank.x, bank.timestep, bank.step, target.plain, target.negative)
@@ -132,7 +147,9 @@ def build_banks(
     watched = {"watch": sides.get(False), "watch_negative": sides.get(True)}
     for progress in session.sample(noise, [whole[step] for step in chosen], cfg_scale, offset=offset, **watched):
         if isinstance(progress, Trajectory):
-            yield [bank_of(session, t, progress, chosen, references=references, plain=plain) for t in targets]
+            yield [
+                bank_of(session, t, progress, chosen, cfg_scale, references=references, plain=plain) for t in targets
+            ]
         else:
             yield progress
 
@@ -161,7 +178,8 @@ def _spread(available: int, count: int) -> list[int]:
 
 def _other_is_empty(target: Target) -> bool:
     """Whether the prompt on the other side of CFG is empty, so that its eps is the empty prompt's."""
-    others = [[c for _, c in g.positive] if target.negative else [g.negative] for g in target.guidance]
+    guidance = target.with_embedding(target.empty)
+    others = [[c for _, c in g.positive] if target.negative else [g.negative] for g in guidance]
     return all(len(o) == 1 and o[0].same_as(target.empty) for o in others)
 
 

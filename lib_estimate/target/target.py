@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ class Target:
     """
 
     guidance: tuple[StepConditioning, ...]  # per sampling step
-    plain: tuple[StepConditioning, ...] | None  # the same without weights; None where the prompt has none
+    # The same without weights, or where a LoRA is to be taken over without that alone; None where the prompt has none.
+    plain: tuple[StepConditioning, ...] | None
     empty: Conditioning
     negative: bool  # whether the negative prompt is what becomes the embedding
     frame: str  # the sentence, with the session's placeholder where the embedding stands
@@ -36,18 +38,25 @@ class Target:
 
     def with_embedding(self, embedding: Conditioning) -> tuple[StepConditioning, ...]:
         """The guidance with the embedding in the place of the text it stands for."""
+        beside = self.guidance if self.plain is None else self.plain  # where no LoRA of the prompt is at work
         if self.negative:
-            return tuple(StepConditioning(step.positive, embedding) for step in self.guidance)
-        return tuple(StepConditioning(((1.0, embedding),), step.negative) for step in self.guidance)
+            return tuple(StepConditioning(step.positive, embedding) for step in beside)
+        return tuple(StepConditioning(((1.0, embedding),), step.negative) for step in beside)
 
     def wanted(self, step: int) -> tuple[tuple[float, Conditioning], ...]:
         """The weighted conditionings in the embedding's place at a sampling step."""
         given = self.guidance[step]
         return ((1.0, given.negative),) if self.negative else given.positive
 
+    def networks(self) -> str:
+        """The tags of the extra networks that the embedding is to take over."""
+        return self.guidance[0].negative.networks
+
     def composed(self) -> bool:
-        """Whether AND puts several conditionings into the embedding's place."""
-        return any(len(w) != 1 or w[0][0] != 1.0 for w in map(self.wanted, range(len(self.guidance))))
+        """Whether what is wanted is not one answer of the U-Net as it is: AND puts several conditionings into the
+        embedding's place, and a LoRA changes the U-Net itself."""
+        several = (len(w) != 1 or w[0][0] != 1.0 for w in map(self.wanted, range(len(self.guidance))))
+        return bool(self.networks()) or any(several)
 
     def single(self) -> Conditioning | None:
         """The one conditioning that is in force at every step, or None where there are several."""
@@ -68,19 +77,36 @@ def build_target(request: EstimateRequest, session: Session, sentence: str = HOL
     texts[is_negative] = sentence.replace(HOLE, request.text)
     positive, negative = session.read(texts[0], steps), session.read(texts[1], steps, negative=True)
     frame = _frame(session, sentence, is_negative)
-    guidance = _guidance(_encode(session, positive), _encode(session, negative, negative=True), steps)
+
+    def guided(**how: Any) -> tuple[StepConditioning, ...]:
+        return _guidance(_encode(session, positive, **how), _encode(session, negative, negative=True, **how), steps)
+
+    guidance = guided(networks=taken_over(request, session))
     unweighted = _guidance(
         _encode(session, positive, weighted=is_negative),
         _encode(session, negative, weighted=not is_negative, negative=True),
         steps,
     )
-    own = session.token_vectors(request.text) if sentence != HOLE and _simple(positive, negative) else {}
+    own = session.token_vectors(own_text(request, session)) if sentence != HOLE and _simple(positive, negative) else {}
     if own and 0 < max(map(len, own.values())) <= session.info.chunk_length:
         # Only the prompt's own weights are left out, not the sentence's.
         plain = session.encode([frame], own)
-        unweighted = Target(guidance, None, plain, is_negative, frame).with_embedding(plain)
-    target = Target(guidance, unweighted, session.encode([""], negative=is_negative), is_negative, frame)
-    return target if _differ(target) else Target(guidance, None, target.empty, is_negative, frame)
+        unweighted = Target(guidance, unweighted, plain, is_negative, frame).with_embedding(plain)
+    empty = session.encode([""], negative=is_negative)
+    if guidance[0].negative.networks:
+        unweighted = guided()
+    target = Target(guidance, unweighted, empty, is_negative, frame)
+    return target if _differ(target) else replace(target, plain=None)
+
+
+def taken_over(request: EstimateRequest, session: Session) -> str:
+    """The tags of the prompt's extra networks that are at work while the target is made."""
+    return "".join(session.tags(request.prompt)[1]) if request.take_over_lora else ""
+
+
+def own_text(request: EstimateRequest, session: Session) -> str:
+    """The text that becomes the embedding, without tags: in a negative prompt they are words."""
+    return request.text if request.target is Which.NEGATIVE else session.tags(request.prompt)[0]
 
 
 def targets_on(request: EstimateRequest, sessions: Sequence[Session]) -> list[Target]:
@@ -115,13 +141,18 @@ def _differ(target: Target) -> bool:
 
 
 def _encode(
-    session: Session, parts: Sequence[PromptPart], *, weighted: bool = True, negative: bool = False
+    session: Session,
+    parts: Sequence[PromptPart],
+    *,
+    weighted: bool = True,
+    negative: bool = False,
+    networks: str = "",
 ) -> PartConditionings:
     """Each part's texts with their conditionings. The texts of one schedule are encoded together, as a webui does."""
     out: PartConditionings = []
     for part in parts:
         texts = list(dict.fromkeys(text for _, text in part.texts))
-        encoded = session.encode(texts, weighted=weighted, together=True, negative=negative)
+        encoded = session.encode(texts, weighted=weighted, together=True, negative=negative, networks=networks)
         out.append((part, {text: encoded.rows(slice(i, i + 1)) for i, text in enumerate(texts)}))
     return out
 

@@ -11,7 +11,8 @@ from lib_estimate import job
 from lib_estimate.hosts import denoising
 from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.progress import Note
-from lib_estimate.report.fidelity import Court, measure, picture_error, picture_errors, result_sentence
+from lib_estimate.report.fidelity import Court, measure, picture_error, picture_errors
+from lib_estimate.report.in_words import result_sentence
 from lib_estimate.request import EstimateRequest, Part, Use
 from lib_estimate.target.bank import HELD_OUT, bank_of, build_bank, latent_noise
 from lib_estimate.target.error import share_of_empty
@@ -60,8 +61,8 @@ def test_weights_are_what_each_step_moves_sigma_by(session, short, monkeypatch, 
     last = sigmas[max(int(path.timestep[-1]) - apart, 0)]
     assert path.dsigma.sum().item() == pytest.approx((sigmas[path.timestep[0]] - last).item(), rel=1e-4)
     assert (path.dsigma >= 0).all()
-    few = bank_of(session, target, path, range(8), levels=4)
-    every = bank_of(session, target, path, range(8))
+    few = bank_of(session, target, path, range(8), 5.0, levels=4)
+    every = bank_of(session, target, path, range(8), 5.0)
     assert few.weight.sum().item() == pytest.approx(every.weight.sum().item())
     assert (len(few), len(every)) == (4, 8)
 
@@ -131,7 +132,7 @@ def test_what_does_worse_than_leaving_the_weights_out_is_not_handed_out(host, sh
     )
     *seen, outcome = job.estimate(far, host)
     notes = [p.text for p in seen if isinstance(p, Note)]
-    assert job.STAYED in notes, notes
+    assert job.STAYED.format("leaving the weights out") in notes, notes
     with host.session() as session:
         start = initial_vectors(far, session)["clip_l"]
     assert torch.equal(outcome.embedding.vectors["clip_l"], start)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lib_estimate.progress import Cancel
-from lib_estimate.report.fidelity import measure, result_sentence
+from lib_estimate.report.fidelity import measure
+from lib_estimate.report.in_words import result_sentence
 from lib_estimate.request import Effort, EstimateRequest, Part, Use
 from lib_estimate.request import Target as Which
 from lib_estimate.target import besides

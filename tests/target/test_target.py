@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from lib_estimate.errors import RequestError
+from lib_estimate import job
+from lib_estimate.errors import ModelError, RequestError
 from lib_estimate.files import writing
 from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts.base import compose
 from lib_estimate.hosts.standalone import StandaloneHost
 from lib_estimate.request import Target as Which
-from lib_estimate.target.bank import HELD_OUT, TRAIN, build_bank, latent_noise, noise_under
+from lib_estimate.target.bank import HELD_OUT, TRAIN, build_bank, latent_noise, noise_under, without_networks
 from lib_estimate.target.target import build_target
 from tests.conftest import record
 
@@ -168,3 +169,17 @@ def test_an_embedding_in_the_prompt_is_part_of_the_target_with_its_weight(host, 
         assert not target.single().close_to(words.single())
     with host.session() as session:  # where nobody knows the embedding its name is plain words
         assert not build_target(request, session).single().close_to(target.single())
+
+
+def test_an_embedding_makes_up_for_what_a_lora_does_to_the_negative_prompt() -> None:
+    """Under CFG it guides as the prompt does with the LoRA, which is at work on both sides."""
+    own, negative, beside = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    wanted = without_networks(own, negative, beside, 5.0)
+    torch.testing.assert_close(beside + 5.0 * (wanted - beside), negative + 5.0 * (own - negative))
+    torch.testing.assert_close(without_networks(own, negative, negative, 5.0), own)
+
+
+def test_a_host_without_loras_refuses_to_have_one_taken_over(host, short) -> None:
+    made = with_prompt(short, "a (red:1.6) circle <lora:some:1>", take_over_lora=True)
+    with pytest.raises(ModelError, match="only in a webui"):
+        list(job.estimate(made, host))

@@ -15,14 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from lib_estimate import job
 from lib_estimate.errors import EstimateError
 from lib_estimate.files import reading, writing
 from lib_estimate.files.embedding import Embedding
-from lib_estimate.hosts import denoising
 from lib_estimate.hosts.family import family
 from lib_estimate.hosts.webui_session import WebuiHost, WebuiSession
 from lib_estimate.hosts.webui_shell import WebuiShell
@@ -33,7 +31,7 @@ from lib_estimate.progress import Cancel, Interrupted, Note, StepReport
 from lib_estimate.report.inside import look_inside
 from lib_estimate.request import Part
 from lib_estimate.target.target import build_target
-from tests.webui import checks_traps, webuis
+from tests.webui import checks_lora, checks_traps, webuis
 from tests.webui.runs import outcome, picture, raised, request, unchanged_host
 from tests.webui.webuis import changed
 
@@ -358,42 +356,6 @@ def check_lora_tags_are_left_out_and_said() -> dict[str, Any]:
     return {}
 
 
-def check_a_lora_of_the_last_picture_is_learnt_with() -> dict[str, Any]:
-    """It is active in the webui until a picture is made without it."""
-    from modules import extra_networks, shared
-
-    if "lora" not in getattr(extra_networks, "extra_network_registry", {}):
-        return {"loras": False}  # the stand-ins have none
-    import networks  # of the webui's own extension
-
-    layer = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_v"
-    with WebuiHost(locked=False).session() as session:
-        width = denoising.attention_modules(session.unet)[0].to_v.weight.shape
-    file = Path(shared.cmd_opts.lora_dir) / "checklora.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    up, down = (torch.randn(size, generator=generator) for size in ((width[0], 4), (4, width[1])))
-    safetensors.torch.save_file(
-        {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down, f"{layer}.alpha": torch.tensor(4.0)}, file
-    )
-    try:
-        networks.list_available_networks()
-        usual = losses_of_a_run()
-        picture("a red circle <lora:checklora:1>")
-        active = losses_of_a_run()
-        picture("a red circle")
-        assert losses_of_a_run() == usual
-    finally:
-        file.unlink()
-        networks.list_available_networks()
-    assert abs(active[0] - usual[0]) > 0.01 * usual[0], (active, usual)
-    return {"loras": True, "usual": usual[0], "active": active[0]}
-
-
-def losses_of_a_run() -> list[float]:
-    return outcome(request(part=Part.UNET, steps=2, init="a blue square", optimizer="LBFGS")).losses
-
-
 def check_an_embedding_of_another_model_is_said_before_the_run() -> dict[str, Any]:
     path = Path(WebuiShell().embeddings_folder()) / "foreignword.pt"
     writing.save(Embedding(path.stem, {"clip_l": torch.zeros(1, 8)}, {}), path)
@@ -447,7 +409,7 @@ def check_a_weight_on_a_saved_embedding_is_as_on_the_words_it_stands_for() -> di
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     name.removeprefix("check_"): function
-    for file in (globals(), vars(checks_traps))
+    for file in (globals(), vars(checks_lora), vars(checks_traps))
     for name, function in list(file.items())
     if name.startswith("check_")
 }

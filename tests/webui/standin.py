@@ -14,7 +14,7 @@ from torch import nn
 from lib_estimate.hosts import checkpoint
 from lib_estimate.hosts.text_encoder import TextEncoder
 from lib_estimate.prompt import attention
-from tests.webui import standin_model, standin_shared
+from tests.webui import standin_lora, standin_model, standin_shared
 from tests.webui.standin_model import Database, Embedding, PromptChunk, PromptChunkFix, Reader, TokenTable
 from tests.webui.standin_shared import shared
 
@@ -187,6 +187,7 @@ def process_images(p):
     def eps(x, t, cond):
         return model.apply_model(x, t, cond if isinstance(cond, dict) else {"c_crossattn": [cond]})
 
+    standin_shared.activate(p, standin_shared.parse_prompt(p.prompt)[1])
     standin_shared.encode_prompts(p)
     shape = (1, model.model.diffusion_model.out_channels, side, side)
     return standin_shared.drawn(p, shape, model.alphas_cumprod, eps, lambda x: decode_latent_batch(model, x))
@@ -242,6 +243,7 @@ def install(model: Path) -> None:
     hijack = VALUES["modules/sd_hijack.py"]["model_hijack"]
     shared.sd_model = WebuiSdModel(checkpoint.load(model, torch.float32), hijack).eval()
     hijack.apply_optimizations()
+    standin_lora.install_in_layers(shared.sd_model.model.diffusion_model, [e._model for e in shared.sd_model._texts])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the other networks, and each text encoder has embeddings of its own and remember
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ from lib_estimate.hosts import checkpoint
 from lib_estimate.hosts.text_encoder import TextEncoder
 from lib_estimate.prompt import attention
 from tests.webui import standin_model
+from tests.webui.standin_lora import LoraLoader
 from tests.webui.standin_model import Database, Embedding, PromptChunk, PromptChunkFix, Reader, TokenTable
 from tests.webui.standin_shared import Standing, Values, shared
 
@@ -31,15 +33,30 @@ class ModelPatcher:
 
     def __init__(self, model, load_device, offload_device):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
+        self.lora_patches: dict[tuple, dict] = {}
+        if not hasattr(model, "lora_loader"):
+            model.lora_loader = LoraLoader(model)
+
+    def clone(self):
+        made = ModelPatcher(self.model, self.load_device, self.offload_device)
+        made.lora_patches = {key: dict(patches) for key, patches in self.lora_patches.items()}
+        return made
+
+    def refresh_loras(self):
+        self.model.lora_loader.refresh(lora_patches=self.lora_patches)
 
 
 def load_models_gpu(models, memory_required=0, hard_memory_preservation=0):
     """Moves those that are not there; where memory is required, the others away."""
     away = [each for each in current_loaded_models if memory_required and each not in models]
     missing = [each for each in models if each not in current_loaded_models]
+    clones = [each for each in current_loaded_models if any(each.model is other.model for other in missing)]
     for patcher in (*away, *missing):
         patcher.model._apply(torch.clone)  # as `.to` of another device does: new memory, of the mode that is on
-    current_loaded_models[:] = [each for each in (*current_loaded_models, *missing) if each not in away]
+    for patcher in missing:
+        patcher.refresh_loras()
+    left = [each for each in current_loaded_models if each not in clones]
+    current_loaded_models[:] = [each for each in (*left, *missing) if each not in away]
 
 
 def load_model_gpu(model):
@@ -56,6 +73,11 @@ class CLIP:
     def __init__(self, model_dict: dict[str, nn.Module]) -> None:
         self.cond_stage_model = nn.ModuleDict(model_dict)
         self.patcher = _patcher(self.cond_stage_model)
+
+    def clone(self):
+        made = copy.copy(self)
+        made.patcher = self.patcher.clone()
+        return made
 
 
 class VAE:
@@ -300,6 +322,7 @@ class ForgeDiffusionEngine:
         unet = _patcher(KModel(IntegratedUNet2DConditionModel(parts.unet), predictor))
         for network in (clip.cond_stage_model, unet.model, vae.first_stage_model):
             network.requires_grad_(True).eval()  # as a network is made that nobody has told otherwise
+        self.current_lora_hash = str([])
         self.forge_objects = ForgeObjects(unet=unet, clip=clip, vae=vae, clipvision=None)
         self.forge_objects_original = self.forge_objects.shallow_copy()
         self.forge_objects_after_applying_lora = self.forge_objects.shallow_copy()
@@ -369,6 +392,7 @@ STANDS_FOR: Standing = {
     "backend/nn/unet.py": (IntegratedUNet2DConditionModel, Timestep),
     "backend/patcher/base.py": (ModelPatcher,),
     "backend/patcher/clip.py": (CLIP,),
+    "backend/patcher/lora.py": (LoraLoader,),
     "backend/patcher/vae.py": (VAE,),
     "backend/text_processing/classic_engine.py": (
         PromptChunk, PromptChunkFix, CLIPEmbeddingForTextualInversion, ClassicTextProcessingEngine,

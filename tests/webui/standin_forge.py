@@ -17,7 +17,7 @@ import torch
 
 from lib_estimate.hosts import checkpoint
 from tests.webui import standin_backend as backend
-from tests.webui import standin_shared
+from tests.webui import standin_lora, standin_shared
 from tests.webui.standin_shared import shared
 
 # ---- modules.sd_models --------------------------------------------------------------------------------------------
@@ -84,7 +84,10 @@ def decode_latent_batch(model, batch, target_device=None, check_for_nans=False):
 @torch.inference_mode()
 def process_images(p):
     p.sd_model, _ = forge_model_reload()
-    model, objects, engine = p.sd_model, p.sd_model.forge_objects, backend.classic_engine()
+    model, engine = p.sd_model, backend.classic_engine()
+    model.forge_objects = model.forge_objects_original.shallow_copy()
+    standin_shared.activate(p, standin_shared.parse_prompt(p.prompt)[1])
+    objects = model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
     model.set_clip_skip(shared.opts.CLIP_stop_at_last_layers)
     standin_shared.encode_prompts(p)
     model.extra_generation_params, engine.last_extra_generation_params = engine.last_extra_generation_params, {}
@@ -187,6 +190,7 @@ def install(model: Path) -> None:
     model_data.forge_loading_parameters = {"checkpoint_info": chosen}
     build_loaded(safetensors.torch, "load_file")
     build_loaded(torch, "load")
+    standin_lora.install_in_patchers(lambda: model_data.sd_model)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lib_estimate.errors import PromptSyntaxError
 from lib_estimate.prompt import schedule
+from tests.webui.standin_lora import ExtraNetworkParams, activate, deactivate, extra_network_registry, parse_prompt
 
 # ---- prompt_parser ------------------------------------------------------------------------------------------------
 
@@ -121,7 +122,9 @@ class StableDiffusionProcessing:
     cached_uc = [None, None]  # noqa: RUF012
 
     def __init__(self, **given: Any) -> None:
+        self.extra_generation_params: dict[str, Any] = {}
         self.__dict__.update(given)
+        self.all_prompts, self.scripts = [], None
 
 
 class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
@@ -141,11 +144,12 @@ def txt2img_image_conditioning(sd_model, x, width, height):
 
 @torch.no_grad()
 def encode_prompts(p: StableDiffusionProcessing) -> None:
-    """Into the caches, which go by the text."""
-    for cache, text in ((p.cached_c, p.prompt), (p.cached_uc, p.negative_prompt)):
-        if cache[0] != text:
+    """Into the caches, which go by the text and the tags in the prompt."""
+    for cache, text in ((p.cached_c, parse_prompt(p.prompt)[0]), (p.cached_uc, p.negative_prompt)):
+        key = text, schedule.extra_network_tags(p.prompt)[1]
+        if cache[0] != key:
             given = SdConditioning([text], cache is p.cached_uc, p.width, p.height)
-            cache[:] = [text, get_learned_conditioning(p.sd_model, given, p.steps)]
+            cache[:] = [key, get_learned_conditioning(p.sd_model, given, p.steps)]
 
 
 @torch.no_grad()
@@ -218,22 +222,6 @@ class State:
         self.current_image = image
 
 
-class ExtraNetworkParams:
-    """What is written in a tag."""
-
-    def __init__(self, items=None):
-        self.items = items
-
-
-def parse_prompt(prompt):
-    text, tags = schedule.extra_network_tags(prompt)
-    found: dict[str, list] = {}
-    for tag in tags:
-        kind, *items = tag.strip("<>").split(":")
-        found.setdefault(kind, []).append(ExtraNetworkParams(items))
-    return text, found
-
-
 def autocast(disable=False):
     return contextlib.nullcontext()
 
@@ -250,12 +238,13 @@ Values = dict[str, dict[str, Any]]  # file of the webui -> names in it
 shared = ModuleType("modules.shared")
 VALUES: Values = {
     "modules/call_queue.py": {"queue_lock": threading.Lock()},
+    "modules/extra_networks.py": {"extra_network_registry": extra_network_registry},
     "modules/devices.py": {"device": torch.device("cpu"), "cpu": torch.device("cpu")},
     "modules/paths_internal.py": {"script_path": "/somewhere/a-stand-in"},
 }
 STANDS_FOR: Standing = {
     "modules/devices.py": (autocast,),
-    "modules/extra_networks.py": (ExtraNetworkParams, parse_prompt),
+    "modules/extra_networks.py": (ExtraNetworkParams, parse_prompt, activate, deactivate),
     "modules/options.py": (OptionInfo, Options),
     "modules/paths_internal.py": (),
     "modules/processing.py": (

@@ -27,7 +27,7 @@ from tests.webui.real_host import SHAPES_SD, RealHost
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]
 HOSTS = PROJECT / "lib_estimate" / "hosts"
-CHECKS = (HERE / "checks.py", HERE / "checks_traps.py")
+CHECKS = (HERE / "checks.py", HERE / "checks_lora.py", HERE / "checks_traps.py")
 SHARED = (*sorted(HOSTS.glob("webui_*.py")), HOSTS / "family.py", HERE / "runs.py", *CHECKS)
 STANDINS = {"webui": standin, "forge": standin_forge}  # by the file of hosts/ that knows the family
 PACKAGES = ("modules", "backend", "modules_forge", "ldm_patched")  # a webui's own, as far as it has them
@@ -50,7 +50,7 @@ SDXL_IN_FORGE = (
     "targets_are_what_the_sampler_gets", "the_unet_is_the_samplers", "every_part_learns", "a_saved_name_works_at_once",
     "the_host_is_as_before_after_success", "options_of_emphasis_and_clip_skip_are_the_hosts",
     "recomputing_gives_the_same_gradient", "a_gradient_after_a_decoding",
-    "a_new_file_needs_the_right_list_and_no_old_conditioning",
+    "a_new_file_needs_the_right_list_and_no_old_conditioning", "the_host_is_as_before_a_lora_was_taken_over",
 )  # fmt: skip
 RUNS = {
     ("webui", "sd1"): NAMES, ("webui", "sdxl"): NAMES, ("forge", "sd1"): NAMES, ("forge", "sdxl"): SDXL_IN_FORGE,

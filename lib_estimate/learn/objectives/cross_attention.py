@@ -30,8 +30,8 @@ class CrossAttention(Objective):
     def __init__(self, session: Session, target: Target, queries: Queries, distance: Distance) -> None:
         if target.composed():
             raise RequestError(
-                "The cross-attention part can't follow prompts composed with AND: each has an attention of its own. "
-                "Use the unet part, which can."
+                "The cross-attention part can't follow prompts composed with AND, which have an attention each, nor "
+                "LoRAs. Use the unet part, which can."
             )
         self.session, self.target, self.distance = session, target, distance
         self.layers = session.cross_attention()
