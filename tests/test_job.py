@@ -129,7 +129,7 @@ def test_learning_is_not_lost_when_the_report_fails(host, short, tmp_path, monke
         raise RuntimeError("out of memory")
         yield
 
-    monkeypatch.setattr(job, "measure", breaks)
+    monkeypatch.setattr(job, "first_good", breaks)
     with pytest.raises(RuntimeError):
         run(short, host)
     assert files(tmp_path) == ["short.pt"]
