@@ -245,7 +245,7 @@ def test_every_parameter_has_its_flag() -> None:
     for source in (EstimateRequest, ModelOptions):
         for item in dataclasses.fields(source):
             assert item.name in actions, item.name
-            if item.name not in ("prompt", "name", "model", "sentence"):
+            if item.name not in ("prompt", "name", "model", "sentence", "beside"):
                 assert actions[item.name].default == getattr(item.default, "value", item.default), item.name
 
 

@@ -51,8 +51,8 @@ def test_the_nearest_candidate_is_the_start(session, composed) -> None:
     materials = recorded(session, composed)
     chosen = drained(best_start(composed, session, materials))
     found = candidates(session, session.read(AND, 5), len(chosen["clip_l"]))
-    errors = [picture_moving_error(session, materials, vectors) for vectors in found]
-    assert picture_moving_error(session, materials, chosen) == min(errors) < max(errors) / 1.2
+    errors = [picture_moving_error(materials, vectors) for vectors in found]
+    assert picture_moving_error(materials, chosen) == min(errors) < max(errors) / 1.2
 
 
 @pytest.mark.parametrize("changes", [{"init": "a red circle"}, {"start": Start.RANDOM}, {"prompt": "a red circle"}])
