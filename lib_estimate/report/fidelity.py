@@ -39,10 +39,6 @@ SEEDS = 2  # generations measured on where no pictures are drawn
 SENTENCES, SENTENCE_LATENTS = 6, 4  # and how many latents each is measured on
 BESIDE_STEPS = 5  # of the generation beside each prompt that a negative embedding is measured on
 
-# What pictures are compared with, in words.
-# What is there in the prompt, and not in the reference, in words.
-# The same without its verb.
-
 Progress = tuple[str, int, int]  # phase, done, total
 
 
@@ -67,7 +63,7 @@ class Fidelity:
     """The figures of one embedding, and the pictures behind them."""
 
     picture_error: float | None  # of the finished latents; a share of the reference's squared difference
-    reference: str  # of REFERENCES: what the prompt's pictures are compared with
+    reference: str  # of in_words.REFERENCES: what the prompt's pictures are compared with
     error: float  # 0: the U-Net does the same as under the prompt; 1: as far away as under an empty prompt
     unweighted_error: float | None  # the same for the prompt without its weights
     recovered: float | None  # share of the emphasis the embedding carries at single steps

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from lib_estimate.report.fidelity import Fidelity, OnCheckpoint, median_and_worst
 
 LITTLE = 0.8  # share of the unweighted error from which on a sentence is said to carry little
+# By what the prompt's pictures are compared with (`Fidelity.reference`): what is there in the prompt and not in that,
+# with a verb and without; and what it is.
 CHANGES = {
     "without_lora": "the LoRA changes",
     "unweighted": "the weights change",

@@ -81,12 +81,12 @@ PROMPTS: tuple[tuple[str, str], ...] = (  # name, text; a name that begins with 
         "(clean:1.2), (minimal:1.3), (centered:1.2), (vector art:0.6), ((flat colors)), (product shot:1.1), (4k:1.2)",
     ),
     (
-        "over four chunks",
+        "quality words, a scene, and a list of faults",
         f"{QUALITY}, a (green:1.4) square to the left of a red ring, (white background:1.2), {BAD}, {QUALITY}, "
         f"a painting, (thick lines:1.3), vivid, {QUALITY}, large shapes",
     ),
     (
-        "just over one chunk",
+        "a poster",
         "a drawing of a small blue triangle below a yellow ring, (crayon:1.3), paper texture, (black background:1.5), "
         "rough sketch, thick lines, hand drawn, childish, playful, bright colors, simple shapes, flat, no shadow, "
         "scanned, high resolution, white border, crumpled paper, pencil marks, faded, vintage, poster",

@@ -63,6 +63,12 @@ def dpmpp_sde_step(
 # ---- the objective ------------------------------------------------------------------------------------------------
 
 
+def _both(first: Conditioning, second: Conditioning) -> Conditioning:
+    """The rows of both."""
+    pooled = None if first.pooled is None else torch.cat([first.pooled, second.pooled])
+    return Conditioning(torch.cat([first.hidden, second.hidden]), pooled)
+
+
 class OldWay:
     """Loss of one update. `bank` holds the target's trajectories; only where they pass is taken from it.
 
@@ -93,7 +99,7 @@ class OldWay:
     def step(self, position: int, conditioning: Conditioning, noises: tuple[Tensor, Tensor]) -> Tensor:
         """The latent `[1, c, h, w]` one sampling step on."""
         sigma, sigma_to = (self._sigma(self.timesteps[p]) for p in (position, position + self.seeds))
-        both = conditioning.followed_by(self.negative)
+        both = _both(conditioning, self.negative)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             # x_0 + sigma * noise is what samplers move, the U-Net takes it scaled to unit variance
