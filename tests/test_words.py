@@ -28,6 +28,7 @@ def asked(tmp_path) -> EstimateRequest:
     return EstimateRequest(
         prompt="a (yellow:1.4) star", negative="(red:1.4), small", name="w_test", target=Which.BOTH, use=Use.WHOLE,
         sampling_steps=5, effort=Effort.QUICK, images=1, out=str(tmp_path), part=Part.CROSS_ATTENTION, steps=30,
+        width=64, height=64,
     )  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def final(session, request, prompt: str, negative: str) -> torch.Tensor:
 
 def test_both_at_once_from_one_recording(host, asked, monkeypatch) -> None:
     """Two files, whose names together make the picture that the two prompts make; recorded as cheaply as one."""
+    asked = dataclasses.replace(asked, width=0, height=0)  # pictures as the model was trained to make them
     seen = list(words.estimate(asked, host))
     outcome = seen[-1]
     assert [path.name for path in (outcome.path, *outcome.others)] == ["w_test.pt", "w_test-neg.pt"]
@@ -74,7 +76,7 @@ def test_both_at_once_from_one_recording(host, asked, monkeypatch) -> None:
 )
 def test_a_word_for_each_text_says_what_the_prompt_says(host, asked, prompt, written) -> None:
     """What is to be written makes the prompt's own picture, where one word can't."""
-    request = dataclasses.replace(asked, prompt=prompt, target=Which.PROMPT, stages=True)
+    request = dataclasses.replace(asked, prompt=prompt, target=Which.PROMPT, stages=True, width=0, height=0)
     *_, outcome = words.estimate(request, host)
     assert outcome.written == {"prompt": written}
     assert [path.stem for path in (outcome.path, *outcome.others)] == ["w_test-1", "w_test-2"]

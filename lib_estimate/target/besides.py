@@ -1,7 +1,7 @@
 """The prompts a negative embedding is fitted and judged beside.
 
-It is used against many, and what a negative prompt does depends on the prompt beside it: learnt beside one alone it
-leaves several times as much of the error beside others.
+It is used against many, and what a negative prompt does depends on the prompt beside it: what is learnt beside one
+alone may hold less beside others.
 """
 
 from __future__ import annotations

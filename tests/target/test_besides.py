@@ -10,7 +10,7 @@ import torch
 from lib_estimate.progress import Cancel
 from lib_estimate.report.fidelity import measure
 from lib_estimate.report.in_words import result_sentence
-from lib_estimate.request import Effort, EstimateRequest, Part, Use
+from lib_estimate.request import Effort, EstimateRequest, Use
 from lib_estimate.request import Target as Which
 from lib_estimate.target import besides
 from lib_estimate.target.recording import materials_of
@@ -19,7 +19,7 @@ from tests.bench.measure import counting, drained
 
 REQUEST = EstimateRequest(
     prompt="a photo of a star", negative="(red:1.5), circle", target=Which.NEGATIVE, name="neg", use=Use.WHOLE,
-    sampling_steps=5, effort=Effort.NORMAL, images=0,
+    sampling_steps=5, effort=Effort.NORMAL, images=0, width=64, height=64,
 )  # fmt: skip
 
 
@@ -87,22 +87,3 @@ def test_the_report_tells_your_prompts_from_others(session) -> None:
     words = result_sentence(same, "neg")
     assert "Beside your prompts 0.0% of what the prompt changes is left" in words
     assert "Beside prompts it was not learnt with" in words
-
-
-def test_learnt_beside_several_it_leaves_less_beside_others(session, monkeypatch) -> None:
-    """The same learning, recorded beside one prompt, does worse beside prompts that neither has seen."""
-    from lib_estimate.learn.initial import initial_vectors
-    from lib_estimate.learn.learning import learn
-
-    request = dataclasses.replace(REQUEST, part=Part.CROSS_ATTENTION, steps=40)
-    judged = besides.others(request)
-    monkeypatch.setattr(besides, "others", lambda request: judged)
-    left = []
-    for least in (1, 4):
-        monkeypatch.setattr(besides, "AT_LEAST", least)
-        target = build_target(request, session)
-        materials = drained(materials_of(request, session, target, Cancel()))
-        best = drained(learn(request, session, materials, initial_vectors(request, session), Cancel())).best
-        *_, fidelity = measure(session, target, request, [lambda best=best: best], ())
-        left.append(fidelity.figures()["other_beside_error"]["median"])
-    assert left[1] < left[0]
