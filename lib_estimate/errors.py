@@ -19,3 +19,11 @@ class ModelError(EstimateError):
 
 class EmbeddingFileError(EstimateError):
     """A name, folder or file of an embedding that cannot be used, read or written."""
+
+
+class OutOfMemory(EstimateError):
+    """The device has no room for what is left to do, however little of it at once."""
+
+
+class ReportFailed(EstimateError):
+    """The vectors are learnt and saved, but could not be measured; the cause is what went wrong there."""

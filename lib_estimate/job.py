@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lib_estimate.errors import EstimateError
+from lib_estimate.errors import EstimateError, ReportFailed
 from lib_estimate.files import names, writing
 from lib_estimate.files.embedding import FORMATS, Embedding, Vectors
 from lib_estimate.hosts.base import Conditioning, Host, ModelInfo, Session
@@ -25,7 +25,7 @@ from lib_estimate.learn.continued import Continued, continued, fitting_vectors
 from lib_estimate.learn.count import starting_vectors
 from lib_estimate.learn.initial import initial_vectors, wanted_count
 from lib_estimate.learn.learning import Run, learn
-from lib_estimate.learn.needs import Case, shared
+from lib_estimate.learn.needs import Case, shared, shortage, shortage_said
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
 from lib_estimate.report.against_start import Kept, measure_against
 from lib_estimate.report.checkpoints import court_of, exact_on
@@ -104,7 +104,7 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
     if request.take_over_lora and request.use is Use.ANYWHERE:
         request = replace(request, use=Use.WHOLE)
         yield Note(LORA_AS_WHOLE)
-    with sessions_of(host, tags=request.take_over_lora) as sessions:
+    with sessions_of(host, tags=request.take_over_lora) as sessions, shortage_said(request, sessions):
         infos = [session.info for session in sessions]
         path = destination(request, infos)
         yield from notes_on(request, sessions[0], origin)
@@ -118,9 +118,9 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
         facts = facts_of(request, infos, run, counts, origin)
         try:
             fidelity = yield from _report(request, sessions, alone, run, start, chosen, origin)
-        except BaseException:  # whatever stops the report, what was learnt must not be lost
+        except BaseException as error:  # whatever stops the report, what was learnt must not be lost
             writing.save(Embedding(path.stem, run.best, facts), path, overwrite=request.overwrite)
-            raise
+            raise saved_anyway(error, [path], request, sessions) from error
         bill.charge("report")
         embedding = Embedding(path.stem, run.best, {**facts, **fidelity.figures(), "forwards": bill.forwards})
         writing.save(embedding, path, overwrite=request.overwrite)
@@ -165,6 +165,19 @@ def learnt(
     return run, start, counts
 
 
+def saved_anyway(
+    error: BaseException, paths: Sequence[Path], request: EstimateRequest, sessions: Sequence[Session]
+) -> BaseException:
+    """What to raise where something stopped a report: it says that the vectors are there."""
+    if not isinstance(error, Exception):
+        return error
+    why = str(error) if isinstance(error, EstimateError) else f"Unexpected {type(error).__name__}: {error}"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        why = shortage(request, sessions, error)
+    saved = f"The embedding is saved ({', '.join(map(str, paths))}), but could not be measured."
+    return ReportFailed(f"{saved} {why}")
+
+
 def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
     """What an estimate cost, in pictures: each is a forward with the prompt and one with the negative prompt a step."""
     pictures = {part: count / (2 * sampling_steps) for part, count in forwards.items()}
@@ -177,7 +190,7 @@ def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
 
 def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iterator[Phase | Fidelity]:
     """Measures an embedding against a prompt, as at the end of an estimate; on each of a host's checkpoints."""
-    with sessions_of(host, tags=request.take_over_lora) as sessions:
+    with sessions_of(host, tags=request.take_over_lora) as sessions, shortage_said(request, sessions):
         _check_size(request, [session.info for session in sessions])
         vectors = fitting_vectors(embedding, sessions[0].info)
         court = court_of(sessions, targets_on(request, sessions), request, report_sentences(request))

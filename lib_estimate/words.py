@@ -20,6 +20,7 @@ from lib_estimate.hosts.base import Host, Network, Session
 from lib_estimate.hosts.several import each_of
 from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.learn.learning import Run
+from lib_estimate.learn.needs import shortage_said
 from lib_estimate.progress import Cancel, Interrupted, NextWord, Note, Phase
 from lib_estimate.report.court_of_words import CourtOfWords
 from lib_estimate.report.fidelity import Fidelity, exact, first_good
@@ -68,7 +69,7 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
         raise RequestError(ONE_MODEL)
     cancel, started = cancel or Cancel(), time.perf_counter()
     job.check_destination(replace(request, name=first_name(request)))
-    with host.session() as session:
+    with host.session() as session, shortage_said(request, [session]):
         session.place(Network.TEXT)
         apart = taken_apart(request, session)
         paths = [job.destination(word, [session.info]) for word in apart.words]
@@ -90,9 +91,9 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
 
         try:
             fidelity = yield from _report(request, session, together, learnt)
-        except BaseException:  # whatever stops the report, what was learnt must not be lost
+        except BaseException as error:  # whatever stops the report, what was learnt must not be lost
             save({})
-            raise
+            raise job.saved_anyway(error, paths, request, [session]) from error
         bill.charge("report")
         made = save({**fidelity.figures(), "forwards": bill.forwards})
         record = _record(request, session, apart, paths, learnt, fidelity) | {

@@ -104,14 +104,14 @@ def test_every_use_can_be_learnt_on_several(use, relatives, short) -> None:
 
 def test_only_one_unet_at_a_time_is_asked_for_where_one_runs_at_a_time(both, short, monkeypatch) -> None:
     """On a card, others take room: while one checkpoint is recorded, sketched and reported on."""
-    held, seen, predict = {}, [], StandaloneSession.predict_noise
+    held, seen, predict = {}, [], StandaloneSession.predict_at_once
 
     def watched(self, *given):
         seen.append([name for name, networks in held.items() if Network.UNET in networks])
         return predict(self, *given)
 
     monkeypatch.setattr(StandaloneSession, "place", lambda self, *networks: held.update({self.info.name: networks}))
-    monkeypatch.setattr(StandaloneSession, "predict_noise", watched)
+    monkeypatch.setattr(StandaloneSession, "predict_at_once", watched)
     run(replace(REQUEST, steps=2, sampling_steps=2, out=short.out), both)
     assert {tuple(names) for names in seen} == {(name,) for name in NAMES}
 

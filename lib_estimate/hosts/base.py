@@ -312,6 +312,10 @@ class Session(Protocol):
         """From now on the U-Net's activations are computed again for the gradient instead of kept; until the session
         ends. False where that is so already."""
 
+    def widen(self, network: Network) -> bool:
+        """From now on a network calculates in bfloat16, which holds as large numbers as float32, instead of float16;
+        until the session ends. False where it does so already, or calculates in something else than float16."""
+
     def cross_attention(self) -> list[CrossAttentionLayer]:
         """The U-Net's cross-attention layers, in a fixed order: its own modules, with all that changes them."""
 

@@ -28,6 +28,31 @@ def cost(conditioning: Conditioning, recomputed: bool) -> int:
     return RECOMPUTED if recomputed else WITH_GRADIENT
 
 
+class AtOnce:
+    """How many latents go through the U-Net together where no gradient is kept: half as many from each time on that
+    memory runs out."""
+
+    MOST = 16
+
+    def __init__(self) -> None:
+        self.count = self.MOST
+
+    def run(self, predict: PredictNoise, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """eps `[B, c, h, w]` of latents x `[B, c, h, w]`; with a gradient, of all of them together."""
+        if torch.is_grad_enabled() and conditioning.hidden.requires_grad:
+            return predict(x, timestep, conditioning)
+        given = conditioning.expand(len(x))
+        while True:
+            pieces = [slice(first, first + self.count) for first in range(0, len(x), self.count)]
+            try:
+                return torch.cat([predict(x[at], timestep[at], given.rows(at)) for at in pieces])
+            except torch.cuda.OutOfMemoryError:
+                if min(self.count, len(x)) == 1:
+                    raise
+            self.count = min(self.count, len(x)) // 2
+            torch.cuda.empty_cache()
+
+
 def attention_modules(unet: nn.Module) -> list[nn.Module]:
     """`attn2` of every transformer block, in the order of the U-Net's modules."""
     blocks = (getattr(module, "attn2", None) for module in unet.modules())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lib_estimate.hosts.base import Network, Room
 from lib_estimate.hosts.denoising import Recomputed, attention_modules, blocks_of
+from lib_estimate.hosts.precision import Precision
 from lib_estimate.request import Offload
 
 MAIN_MEMORY = ("cpu", "meta")  # weights that are elsewhere are on a card already, and their host's to move
@@ -212,9 +213,13 @@ class Placement:
 
 
 class Placed:
-    """What of `base.Session` its placement answers."""
+    """What of `base.Session` its placement and its precision answer."""
 
     placement: Placement
+    precision: Precision
+
+    def widen(self, network: Network) -> bool:
+        return self.precision.widen(network, self.placement.modules[network])
 
     def place(self, *networks: Network) -> None:
         self.placement.place(*networks)

@@ -39,6 +39,7 @@ from lib_estimate.hosts.base import (
     foreign_embedding,
 )
 from lib_estimate.hosts.placement import Placed, Placement
+from lib_estimate.hosts.precision import Precision
 from lib_estimate.hosts.text_encoder import TextEncoder
 from lib_estimate.prompt import attention, chunks, schedule
 from lib_estimate.request import ModelOptions, Offload
@@ -143,13 +144,14 @@ class StandaloneSession(Placed):
         self._batches: dict[tuple, list[ChunkBatch]] = {}
         self._missing = parts.unet.config.in_channels - self.info.latent_channels
         self._extra: dict[tuple[int, ...], Tensor] = {}
-        self.placement = host.placement()
-        self.forwards = 0
+        self.placement, self.precision = host.placement(), Precision(host.device, self.dtype)
+        self.forwards, self._at_once = 0, denoising.AtOnce()
         self._handles = [encoder.watch() for encoder in parts.text_encoders]
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self.precision.end()
         self.placement.end()
 
     # ---- text ----
@@ -265,7 +267,8 @@ class StandaloneSession(Placed):
         ]
         hidden, pooled = [], None
         for encoder in self.parts.text_encoders:
-            z, own = encoder.states(batch.ids, self.vocabulary.end, placed, self._layer(encoder))
+            with self.precision.of(Network.TEXT):
+                z, own = encoder.states(batch.ids, self.vocabulary.end, placed, self._layer(encoder))
             hidden.append(self._emphasised(z, batch.weights, together) if weighted else z)
             pooled = own if own is not None else pooled
         return torch.cat(hidden, dim=2), pooled
@@ -317,16 +320,15 @@ class StandaloneSession(Placed):
     # ---- pictures ----
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        given = conditioning.expand(len(x))
+        return self._at_once.run(self.predict_at_once, x, timestep, conditioning)
+
+    def predict_at_once(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        given, dtype = conditioning.expand(len(x)), self.precision.given(Network.UNET)
         self.forwards += len(x) * denoising.cost(given, self.placement.recomputes)
         self.placement.bring(Network.UNET)
-        out = self.parts.unet(
-            self._with_extra_channels(x).to(self.dtype),
-            timestep,
-            given.hidden.to(self.dtype),
-            **self.added(x, given.pooled),
-            return_dict=False,
-        )[0].float()
+        inputs, added = self._with_extra_channels(x).to(dtype), self.added(x, given.pooled)
+        with self.precision.of(Network.UNET):
+            out = self.parts.unet(inputs, timestep, given.hidden.to(dtype), **added, return_dict=False)[0].float()
         if self.parts.prediction == "epsilon":
             return out
         return denoising.noise_of_velocity(out, x.float(), self._alphas_cumprod[timestep.long()].float())
@@ -337,13 +339,14 @@ class StandaloneSession(Placed):
             return {}
         height, width = (side * self.info.latent_scale for side in x.shape[-2:])
         sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device).expand(len(x), -1)
-        pooled, unet = pooled.to(self.dtype), self.parts.unet
+        dtype, unet = self.precision.given(Network.UNET), self.parts.unet
+        pooled = pooled.to(dtype)
         if unet.config.addition_embed_type == "text_time":
             return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
         # diffusers reads single files of other widths than SDXL's own as a network with a projected class label.
         each = (unet.config.projection_class_embeddings_input_dim - pooled.shape[1]) // sizes.shape[1]
         angles = get_timestep_embedding(sizes.flatten(), each, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return {"class_labels": torch.cat([pooled, angles.view(len(x), -1).to(self.dtype)], dim=1)}
+        return {"class_labels": torch.cat([pooled, angles.view(len(x), -1).to(dtype)], dim=1)}
 
     @torch.no_grad()
     def _with_extra_channels(self, x: Tensor) -> Tensor:
@@ -378,9 +381,10 @@ class StandaloneSession(Placed):
         watch: Watch | None = None,
         watch_negative: Watch | None = None,
     ) -> Iterator[int | Trajectory]:
-        unet = self.parts.unet
+        unet, watched = self.parts.unet, watch is not None or watch_negative is not None
+        predict = self.predict_at_once if watched else self.predict_noise
         return denoising.sample(
-            self.predict_noise, self._alphas_cumprod, noise.to(self.device).float(), guidance, cfg_scale, offset=offset,
+            predict, self._alphas_cumprod, noise.to(self.device).float(), guidance, cfg_scale, offset=offset,
             watch_positive=lambda step: denoising.watching(unet, watch, step),
             watch_negative=lambda step: denoising.watching(unet, watch_negative, step),
         )  # fmt: skip
@@ -389,7 +393,8 @@ class StandaloneSession(Placed):
         def call(module: nn.Module) -> CrossAttentionLayer:
             def layer(hidden: Tensor, context: Tensor) -> Tensor:
                 self.placement.bring(Network.ATTENTION)
-                return module(hidden, encoder_hidden_states=context.to(self.dtype)).float()
+                with self.precision.of(Network.UNET):
+                    return module(hidden, encoder_hidden_states=context.to(hidden.dtype)).float()
 
             return layer
 
@@ -397,12 +402,17 @@ class StandaloneSession(Placed):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.parts.vae
         self.placement.bring(Network.VAE)
-        pictures = [
-            vae.decode(z[None].to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0] for z in latents
-        ]
-        return (torch.cat(pictures).float().cpu() / 2 + 0.5).clamp(0, 1)
+        pictures = [self._decoded(z[None]) for z in latents]
+        if not torch.cat(pictures).isfinite().all() and self.widen(Network.VAE):
+            return self.decode(latents)
+        return (torch.cat(pictures).cpu() / 2 + 0.5).clamp(0, 1)
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        vae = self.parts.vae
+        with self.precision.of(Network.VAE):
+            z = z.to(self.precision.given(Network.VAE)) / vae.config.scaling_factor
+            return vae.decode(z, return_dict=False)[0].float()
 
 
 def _stored_embeddings(folder: Path | None, unknown: Collection[str]) -> dict[str, Vectors]:

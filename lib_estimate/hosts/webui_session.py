@@ -24,6 +24,7 @@ from lib_estimate.hosts.base import (
 )
 from lib_estimate.hosts.family import family
 from lib_estimate.hosts.placement import Placed, Placement
+from lib_estimate.hosts.precision import Precision
 from lib_estimate.hosts.webui_networks import Switch, Switchable, switching
 from lib_estimate.hosts.webui_text import Engine, WebuiText
 
@@ -109,9 +110,14 @@ class WebuiSession(Placed, WebuiText):
             device=model.device,
             dtype=model.dtype,
         )
-        self.placement, self.forwards = model.placement, 0
+        self.placement, self.precision = model.placement, Precision(model.device, model.dtype)
+        self.forwards, self._at_once = 0, denoising.AtOnce()
         self._extra: dict[tuple[int, ...], Tensor | None] = {}
         self._sizes: dict[tuple[int, ...], Tensor] = {}
+
+    def close(self) -> None:
+        self.precision.end()
+        super().close()
 
     def encode(self, *given: Any, networks: str = "", **named: Any) -> Conditioning:
         self._have_at_work(networks)
@@ -123,16 +129,21 @@ class WebuiSession(Placed, WebuiText):
         if self.switch is not None and self.switch.to(networks):
             self._batches.clear()
 
-    def _autocast(self) -> Any:
-        return devices.autocast()
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        with devices.autocast(), self.precision.of(Network.TEXT):
+            yield
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._at_once.run(self.predict_at_once, x, timestep, conditioning)
+
+    def predict_at_once(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         self._have_at_work(conditioning.networks)
-        given, dtype = conditioning.expand(len(x)), self.info.dtype
+        given, dtype = conditioning.expand(len(x)), self.precision.given(Network.UNET)
         vector, extra = self._vector(x, given), self._image_conditioning(x)
         self.placement.bring(Network.UNET)
         self.forwards += len(x) * denoising.cost(conditioning, self.placement.recomputes)
-        with devices.autocast():
+        with devices.autocast(), self.precision.of(Network.UNET):
             out = self.model.network_output(x.to(dtype), timestep, given.hidden.to(dtype), vector, extra).float()
         if not self.model.velocity:
             return out
@@ -142,7 +153,9 @@ class WebuiSession(Placed, WebuiText):
         """`[B, V]`, SDXL's pooled vector and sizes."""
         if given.pooled is None:
             return None
-        return torch.cat([given.pooled, self._told_sizes(x).expand(len(x), -1)], dim=1).to(self.info.dtype)
+        return torch.cat([given.pooled, self._told_sizes(x).expand(len(x), -1)], dim=1).to(
+            self.precision.given(Network.UNET)
+        )
 
     @torch.no_grad()
     def _told_sizes(self, x: Tensor) -> Tensor:
@@ -178,8 +191,10 @@ class WebuiSession(Placed, WebuiText):
         watch: Watch | None = None,
         watch_negative: Watch | None = None,
     ) -> Iterator[int | Trajectory]:
+        watched = watch is not None or watch_negative is not None
+        predict = self.predict_at_once if watched else self.predict_noise
         return denoising.sample(
-            self.predict_noise, self.model.alphas_cumprod(), noise.to(self.info.device).float(), guidance, cfg_scale,
+            predict, self.model.alphas_cumprod(), noise.to(self.info.device).float(), guidance, cfg_scale,
             offset=offset,
             watch_positive=lambda step: denoising.watching(self.unet, watch, step),
             watch_negative=lambda step: denoising.watching(self.unet, watch_negative, step),
@@ -190,8 +205,8 @@ class WebuiSession(Placed, WebuiText):
             def layer(hidden: Tensor, context: Tensor) -> Tensor:
                 self._have_at_work("")
                 self.placement.bring(Network.ATTENTION)
-                with devices.autocast():
-                    return module(hidden, context=context.to(self.info.dtype)).float()
+                with devices.autocast(), self.precision.of(Network.UNET):
+                    return module(hidden, context=context.to(self.precision.given(Network.UNET))).float()
 
             return layer
 
@@ -200,6 +215,9 @@ class WebuiSession(Placed, WebuiText):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         self.placement.bring(Network.VAE)
-        with self.model.returned(), devices.autocast():
+        with self.model.returned(), devices.autocast(), self.precision.of(Network.VAE):
             pictures = processing.decode_latent_batch(self.model.model, latents, target_device=devices.cpu)
-        return (torch.stack(list(pictures)).float() / 2 + 0.5).clamp(0, 1)
+        made = torch.stack(list(pictures)).float()
+        if not made.isfinite().all() and self.widen(Network.VAE):
+            return self.decode(latents)
+        return (made / 2 + 0.5).clamp(0, 1)

@@ -23,6 +23,8 @@ from lib_estimate.progress import Cancel, StepReport
 from lib_estimate.request import EstimateRequest
 
 CHECKS = 20  # how often at the most the validation error is measured in a run
+HALVINGS = 3  # how often the learning rate is halved where the loss was not a number
+LESS_SCALE = 64.0  # what the scale of the loss is divided by where the gradient is too large for float16
 WORTHWHILE = 0.995  # an error counts as smaller below this share of the best
 
 
@@ -41,12 +43,17 @@ class Fit:
 
     def __post_init__(self) -> None:
         self.best = {key: rows.detach().clone() for key, rows in self.start.items()}
-        self.best_error = self.start_error = self.validate(self.best)
         self.losses: list[float] = []
         self.steps_run = 0
         self.stopped = "all steps done"
         self._answers: list[tuple[list[Tensor], Tensor, list[Tensor]]] = []  # points, losses, gradients of a step
         self.lightened = False  # whether memory was short, so that it went on with less of it and slower
+        self.widened = False  # whether numbers were too large for float16, so that it went on in bfloat16
+        self.halvings = 0  # of the learning rate, because the loss was not a number
+        self.best_error = self.start_error = self.validate(self.best)
+        if not math.isfinite(self.best_error) and self.objective.widen():
+            self.widened, self.loss_scale = True, 1.0
+            self.best_error = self.start_error = self.validate(self.best)
 
     def run(self) -> Iterator[StepReport]:
         request, stage, started = self.request, self.stage, time.perf_counter()
@@ -68,12 +75,12 @@ class Fit:
 
         for step in range(stage.steps):
             # learning rate, one optimizer step
-            rate = rate_at(step)
-            for group in optimizer.param_groups:
+            rate = rate_at(step) / 2**self.halvings
+            for group in self.optimizer.param_groups:
                 group["lr"] = rate
             if not entry.closure:
                 drawn = self.objective.draw(generator, False)
-            pending.append(self._optimizer_step(optimizer, entry.closure, vectors, drawn))
+            pending.append(self._optimizer_step(self.optimizer, entry.closure, vectors, drawn))
             _update_average(average, vectors, request.ema)
             self.steps_run = step + 1
             last = step + 1 == stage.steps or self.cancel.wanted is not None
@@ -81,11 +88,16 @@ class Fit:
                 continue
 
             # losses, validation
-            self.losses += torch.stack(pending).tolist()
+            found = torch.stack(pending).tolist()
             pending.clear()
-            if not all(map(math.isfinite, self.losses[-report_every:])):
-                self._not_finite(step)
-                break
+            self.losses += filter(math.isfinite, found)
+            if not all(map(math.isfinite, found)):
+                if not self._sound_again(step, drawn):
+                    break
+                for key, rows in self.best.items():
+                    average[key].copy_(rows)
+                self.optimizer = make_optimizer(stage.optimizer, list(vectors.values()), rate)
+                continue
             error = None
             if (step + 1) % every == 0 or last:
                 before = self.best_error
@@ -188,16 +200,45 @@ class Fit:
             self.lightened = True
             torch.cuda.empty_cache()
 
-    def _not_finite(self, step: int) -> None:
+    def _sound_again(self, step: int, drawn: Any) -> bool:
+        """The loss was not a number: goes back to the best vectors, from where it is one again, with a lower learning
+        rate if that is what it takes; False where nothing is left to try."""
+        with torch.no_grad():
+            for key, rows in self.best.items():
+                self.vectors[key].copy_(rows)
+        self._answers.clear()
+        too_large = not self._finite_here(drawn)
+        while too_large and not self._finite_here(drawn):
+            if self.loss_scale > 1:
+                self.loss_scale = max(1.0, self.loss_scale / LESS_SCALE)
+            elif self.objective.widen():
+                self.widened = True
+            else:
+                return self._stop_as_not_finite(step)
+        if too_large:
+            return True
+        if self.halvings == HALVINGS:
+            return self._stop_as_not_finite(step)
+        self.halvings += 1
+        return True
+
+    def _stop_as_not_finite(self, step: int) -> bool:
         if not math.isfinite(self.best_error):
             raise EstimateError(
                 "The loss is not a number from the start: the model gives no usable numbers in this number format. "
                 "Use --dtype float32 or bfloat16."
             )
+        lower = f", with 1/{2**self.halvings} of the learning rate as well" if self.halvings else ""
         self.stopped = (
-            f"the loss was not a number at step {step + 1}; the best vectors before it were kept. "
+            f"the loss was not a number at step {step + 1}{lower}; the best vectors before it were kept. "
             "Use a lower learning rate, or --dtype float32"
         )
+        return False
+
+    def _finite_here(self, drawn: Any) -> bool:
+        loss = self._gradients(self.optimizer, self.vectors, drawn)
+        gradients = torch.cat([rows.grad.flatten() for rows in self.vectors.values()])
+        return bool(loss.isfinite() & gradients.isfinite().all())
 
 
 def rates(stage: Stage, warmup: int) -> Callable[[int], float]:

@@ -24,7 +24,7 @@ from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
 from lib_estimate.report.fidelity import report_sentences
 from lib_estimate.request import HOLE, Effort, EstimateRequest
 from lib_estimate.target.error import denoising_error
-from lib_estimate.target.recording import Material, place
+from lib_estimate.target.recording import TOO_LARGE, Material, place
 from lib_estimate.target.sentences import distinct
 
 CHECK_SENTENCES, CHECK_POSITIONS = 8, 512
@@ -34,6 +34,10 @@ ALONE_ONE_IN = 5
 # Vectors learnt in random sentences go too far for some that weren't drawn. Held back, they lose little alone.
 SHARE_OF_THE_WAY = 0.75
 FLOAT16_LOSS_SCALE = 4096.0
+HALVED = (
+    "The loss was not a number for a while, so the learning went back to the best vectors and on with 1/{share} of the "
+    "learning rate."
+)
 
 Judged = tuple[Objective, Callable[[Vectors], float]]  # what a stage minimises, and the error it is judged by
 
@@ -74,6 +78,10 @@ def learn(
         run.losses += fit.losses
         if fit.lightened:
             yield Note("Memory was short, so the U-Net kept less of it at once: slower, with the same result.")
+        if fit.widened:
+            yield Note(TOO_LARGE)
+        if fit.halvings:
+            yield Note(HALVED.format(share=2**fit.halvings))
         run.stages.append({**fit.stage.record(), "steps_run": fit.steps_run, "stopped": fit.stopped})
         if cancel.wanted is not None:
             break

@@ -9,12 +9,15 @@ on models of full size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
-from lib_estimate.hosts.base import ModelInfo, Network, Room
+from lib_estimate.errors import OutOfMemory
+from lib_estimate.hosts.base import ModelInfo, Network, Room, Session
 from lib_estimate.learn import plan
 from lib_estimate.learn.learning import ANCHORS
 from lib_estimate.learn.plan import RUNS_THE_UNET, Goal
@@ -108,6 +111,18 @@ class Case:
             return Way(mode, False, f"{said}: the U-Net goes over the card block by block, which is slow.")
         return Way(mode, False, None)
 
+    def full(self, error: str) -> str:
+        """What to say once memory has run out all the same. error: torch's own words."""
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
+        said = "The card's memory is full" + (f": there was no room for {asked[1]} more." if asked else ".")
+        mode = MODES[-1] if self.room.mode is Offload.AUTO else self.room.mode
+        if self.room.free is None:
+            return f"{said} Make --width and --height of the generations smaller."
+        least = max(need.least for need in self.needs(mode))
+        smaller = replace(self, room=replace(self.room, free=min(self.room.free, least - 1)))
+        fitting = "; ".join(smaller._fitting(mode)) or "a card with more memory"
+        return f"{said} {self._least(mode)}. What may fit: {fitting}."
+
     def fits(self, mode: Offload) -> bool:
         return max(need.least for need in self.needs(mode)) <= self.room.free
 
@@ -194,3 +209,19 @@ class Case:
             if replace(self, request=replace(self.request, width=width, height=height)).fits(mode):
                 yield f"--width {width} --height {height}"
                 return
+
+
+@contextmanager
+def shortage_said(request: EstimateRequest, sessions: Sequence[Session]) -> Iterator[None]:
+    """Inside, OutOfMemory with a sentence stands for torch's own error, which comes when nothing smaller is left to
+    try."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemory(shortage(request, sessions, error)) from error
+
+
+def shortage(request: EstimateRequest, sessions: Sequence[Session], error: torch.cuda.OutOfMemoryError) -> str:
+    """The sentence on memory that has run out all the same."""
+    room = shared([session.room() for session in sessions])
+    return Case(request, sessions[0].info, room, composed=False, steady=True).full(str(error))

@@ -20,7 +20,6 @@ from lib_estimate.target.target import Target
 
 # Noise of the parts of the bank never overlaps: each takes its seeds from a region of its own.
 TRAIN, VALIDATION, HELD_OUT, PICTURES = range(4)
-CHUNK = 16  # latents through the U-Net at once where no gradient is kept
 
 
 @dataclass(frozen=True)
@@ -185,18 +184,8 @@ def _other_is_empty(target: Target) -> bool:
 
 @torch.no_grad()
 def noise_under(session: Session, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    """eps `[M, c, h, w]` of latents x `[M, c, h, w]` under one conditioning, or one each; fewer at once where memory is
-    short."""
-    at_once, given = CHUNK, conditioning.expand(len(x))
-    while True:
-        pieces = [slice(first, first + at_once) for first in range(0, len(x), at_once)]
-        try:
-            return torch.cat([session.predict_noise(x[at], timestep[at], given.rows(at)) for at in pieces])
-        except torch.cuda.OutOfMemoryError:
-            if at_once == 1:
-                raise
-        at_once //= 2
-        torch.cuda.empty_cache()
+    """eps `[M, c, h, w]` of latents x `[M, c, h, w]` under one conditioning, or one each."""
+    return session.predict_noise(x, timestep, conditioning)
 
 
 def guided_noise(

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lib_estimate.errors import ModelError
 from lib_estimate.hosts.base import Network, Session
-from lib_estimate.progress import Cancel, Interrupted, Phase
+from lib_estimate.progress import Cancel, Interrupted, Note, Phase
 from lib_estimate.request import Effort, EstimateRequest, Part, Use
 from lib_estimate.target import besides
 from lib_estimate.target.bank import TRAIN, VALIDATION, Bank, build_banks, joined, latent_noise
 from lib_estimate.target.queries import Queries, Recorder
 from lib_estimate.target.target import Target, build_target
+
+TOO_LARGE = (
+    "Numbers in the U-Net are too large for float16, so it calculates in bfloat16, which is slower on older cards."
+)
 
 
 @dataclass(frozen=True)
@@ -111,16 +117,22 @@ def _recorded(
 
     def recorded(phase: str, region: int, what: Recording, order: Sequence[tuple], **how: Any) -> Iterator[Phase]:
         count = max(what.count * len(what.offsets), 0 if request.trajectories or len(order) == 1 else own)
-        ways = _ways(latent_noise(request, session, region, count), what, order)
+        whole = _ways(latent_noise(request, session, region, count), what, order)
         budget = int(request.memory * 2**30) // 2 // len(order[0])
-        recorders = [Recorder(request.queries, len(ways) * what.steps, budget, request.seed) for _ in order[0]]
-        how |= {"steps": what.steps, "watches": [recorder.see for recorder in recorders]}
-        found = []
-        for targets, noise, offset in ways:
-            sampling = build_banks(session, targets, noise, request.cfg_scale, offset=offset, **how)
-            found.append((yield from _sampled(phase, sampling, what.steps, cancel)))
-        banks = [joined(banks) for banks in zip(*found, strict=True)]
-        return [(bank, r.queries(bank.step, rows)) for (bank, rows), r in zip(banks, recorders, strict=True)]
+
+        def once(most: int) -> Iterator[Phase]:
+            ways = [(targets, part, offset) for targets, noise, offset in whole for part in noise.split(most)]
+            recorders = [Recorder(request.queries, len(ways) * what.steps, budget, request.seed) for _ in order[0]]
+            watches, found = [recorder.see for recorder in recorders], []
+            for targets, noise, offset in ways:
+                sampling = build_banks(
+                    session, targets, noise, request.cfg_scale, offset=offset, steps=what.steps, watches=watches, **how
+                )
+                found.append((yield from _sampled(phase, sampling, what.steps, cancel)))
+            banks = [joined(banks) for banks in zip(*found, strict=True)]
+            return [(bank, r.queries(bank.step, rows)) for (bank, rows), r in zip(banks, recorders, strict=True)]
+
+        return (yield from _until_it_works(session, once, max(len(noise) for _, noise, _ in whole)))
 
     learnt = yield from recorded("Recording the target", TRAIN, recording(request), groups, references=False)
     # Where checks are fewer than the targets they look at others first than the learning does.
@@ -130,6 +142,27 @@ def _recorded(
         Material(session, target, bank, beside, queries, check_queries)
         for target, (bank, queries), (beside, check_queries) in zip(groups[0], learnt, checked, strict=True)
     ]
+
+
+def _until_it_works(session: Session, once: Callable[[int], Iterator[Phase]], most: int) -> Iterator[Phase]:
+    """What once(most) comes to, `most` generations at once. Where memory runs out, again with half as many; where
+    numbers don't fit into float16, again in bfloat16."""
+    while True:
+        try:
+            found = yield from once(most)
+            if all(bank.target.isfinite().all() for bank, _ in found):
+                return found
+            if not session.widen(Network.UNET):
+                raise ModelError(
+                    f"The U-Net's answers are no numbers in {str(session.info.dtype).removeprefix('torch.')}. Use "
+                    "--dtype float32, or in a webui --no-half or --upcast-sampling; or the checkpoint is damaged."
+                )
+            yield Note(TOO_LARGE)
+        except torch.cuda.OutOfMemoryError:
+            if most == 1:
+                raise
+            most //= 2
+            torch.cuda.empty_cache()
 
 
 def _ways(noise: Tensor, what: Recording, groups: Sequence[tuple]) -> list[tuple[tuple, Tensor, float]]:

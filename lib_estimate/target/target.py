@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lib_estimate.errors import RequestError
+from lib_estimate.errors import ModelError, RequestError
 from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts.base import Conditioning, Network, PromptPart, Session, StepConditioning
 from lib_estimate.request import HOLE, EstimateRequest
@@ -58,6 +58,11 @@ class Target:
         several = (len(w) != 1 or w[0][0] != 1.0 for w in map(self.wanted, range(len(self.guidance))))
         return bool(self.networks()) or any(several)
 
+    def finite(self) -> bool:
+        """Whether all that the U-Net is told are numbers."""
+        told = {id(c): c for step in self.guidance for c in (*(c for _, c in step.positive), step.negative)}
+        return all(bool(c.hidden.isfinite().all()) for c in told.values())
+
     def single(self) -> Conditioning | None:
         """The one conditioning that is in force at every step, or None where there are several."""
         steps = range(len(self.guidance))
@@ -70,8 +75,21 @@ class Target:
 def build_target(request: EstimateRequest, session: Session, sentence: str = HOLE, beside: str = "") -> Target:
     """Encodes the prompts of a request, in a sentence, once for every step where they change.
 
-    beside: the prompt that a negative one stands beside; blank: the first that it is learnt beside.
+    beside: the prompt that a negative one stands beside; blank: the first that it is learnt beside. ModelError where
+    the text encoders' answers are no numbers.
     """
+    while True:
+        target = _built(request, session, sentence, beside)
+        if target.finite():
+            return target
+        if not session.widen(Network.TEXT):
+            raise ModelError(
+                "What the text encoder says of the prompt is not a number: a weight in it is too large, or the "
+                "checkpoint is damaged."
+            )
+
+
+def _built(request: EstimateRequest, session: Session, sentence: str, beside: str) -> Target:
     steps, is_negative = request.sampling_steps, request.target is Which.NEGATIVE
     texts = [(beside or besides.learnt(request)[0]) if is_negative else request.prompt, request.negative]
     texts[is_negative] = sentence.replace(HOLE, request.text)

@@ -83,7 +83,7 @@ class Count:
 @contextmanager
 def counting(session: StandaloneSession) -> Iterator[Count]:
     """Counts what runs in the session. A backward counts where and when it really happens."""
-    count, predict = Count(), session.predict_noise
+    count, predict = Count(), session.predict_at_once
 
     def counted(x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         eps = predict(x, timestep, conditioning)
@@ -96,7 +96,7 @@ def counting(session: StandaloneSession) -> Iterator[Count]:
             eps.register_hook(backward)
         return eps
 
-    with replaced(session, "predict_noise", counted):
+    with replaced(session, "predict_at_once", counted):
         yield count
 
 

@@ -115,6 +115,57 @@ def test_a_loss_that_is_not_a_number_keeps_what_was_learnt() -> None:
     assert "not a number" in fit.stopped
 
 
+class Cliff(Bowl):
+    """No number beyond a distance from the start, where too high a learning rate leads."""
+
+    def __init__(self, edge: float) -> None:
+        super().__init__()
+        self.edge = edge
+
+    def losses(self, vectors, entries):
+        beyond = bool(vectors["clip_l"].detach().abs().max() > self.edge)
+        for loss in super().losses(vectors, entries):
+            yield loss * math.nan if beyond else loss
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("SGD", "3"), ("Adam", "0.4"), ("LBFGS", "8")])
+def test_where_the_loss_is_no_number_half_the_learning_rate_goes_on(optimizer, rate) -> None:
+    stage = replace(STAGE, optimizer=optimizer, learning_rate=rate, schedule="constant")
+    fit = make(replace(stage, steps=200), replace(BASE, patience=0), Cliff(edge=0.6))
+    reports = list(fit.run())
+    assert 1 <= fit.halvings <= 3
+    assert fit.steps_run == 200
+    assert reports[-1].learning_rate == reports[0].learning_rate / 2**fit.halvings
+    assert fit.best_error < 0.3
+    assert all(map(math.isfinite, fit.losses))
+
+
+def test_three_times_is_enough() -> None:
+    fit = make(replace(STAGE, learning_rate="10", schedule="constant"), replace(BASE, patience=0), Cliff(edge=0.5))
+    list(fit.run())
+    assert fit.halvings == 3
+    assert "with 1/8 of the learning rate" in fit.stopped
+    assert torch.equal(fit.best["clip_l"], torch.zeros_like(GOAL))
+    assert fit.steps_run < 20
+
+
+def test_a_gradient_too_large_for_float16_is_scaled_less() -> None:
+    class Half(Bowl):
+        """Its gradient passes through float16, where it is infinite with the whole scale."""
+
+        def losses(self, vectors, entries):
+            passed = vectors["clip_l"] * 1.0
+            passed.register_hook(lambda gradient: gradient.half().float())
+            yield from super().losses({"clip_l": passed}, entries)
+
+    fit = make(objective=Half())
+    fit.loss_scale = 2.0**20
+    list(fit.run())
+    assert fit.loss_scale == 2.0**14
+    assert fit.halvings == 0
+    assert fit.best_error < 0.2
+
+
 def test_a_model_that_gives_no_numbers_is_said() -> None:
     fit = make(objective=Bowl(broken_from=0), validate=lambda _: math.nan)
     with pytest.raises(EstimateError, match="float32"):

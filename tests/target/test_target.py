@@ -127,8 +127,8 @@ def test_a_sentence_that_changes_is_refused(session, short) -> None:
 def test_the_empty_prompts_noise_is_not_computed_twice(session, short, monkeypatch) -> None:
     """With a blank negative prompt CFG's other side is the empty prompt."""
     calls = []
-    predict = session.predict_noise
-    monkeypatch.setattr(session, "predict_noise", lambda x, *a: calls.append(len(x)) or predict(x, *a))
+    predict = session.predict_at_once
+    monkeypatch.setattr(session, "predict_at_once", lambda x, *a: calls.append(len(x)) or predict(x, *a))
     request = dataclasses.replace(short, prompt="a red circle")
     noise = latent_noise(request, session, TRAIN, 1)
     *_, bank = build_bank(session, build_target(request, session), noise, 5.0)

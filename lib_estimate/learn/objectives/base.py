@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lib_estimate.files.embedding import Vectors
-from lib_estimate.hosts.base import Conditioning, Session
+from lib_estimate.hosts.base import Conditioning, Network, Session
 from lib_estimate.request import HOLE
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (prediction [B, ...], target [B, ...]) -> [B], float32
@@ -23,6 +23,8 @@ TINY = 1e-12
 
 class Objective(ABC):
     """Something to minimise over vectors."""
+
+    session: Session | None = None  # whose networks it runs
 
     @abstractmethod
     def draw(self, generator: torch.Generator, fixed: bool) -> Any:
@@ -42,6 +44,12 @@ class Objective(ABC):
     def lighten(self) -> bool:
         """Makes what follows need less memory and more time; False where there is no way left."""
         return False
+
+    def widen(self) -> bool:
+        """Where float16 was too small for a number: has one more of its networks calculate in bfloat16. False where
+        none is left."""
+        networks = (Network.UNET, Network.TEXT)
+        return self.session is not None and any(self.session.widen(network) for network in networks)
 
 
 def in_sentences(session: Session, text: str, chosen: Sequence[str]) -> tuple[list[str], Conditioning, Conditioning]:
@@ -76,3 +84,7 @@ class Together(Objective):
     def lighten(self) -> bool:
         lightened = [objective.lighten() for objective in self.objectives]  # all of them, not up to the first
         return any(lightened)
+
+    def widen(self) -> bool:
+        widened = [objective.widen() for objective in self.objectives]
+        return any(widened)
