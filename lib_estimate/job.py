@@ -21,7 +21,7 @@ from lib_estimate.files import names, writing
 from lib_estimate.files.embedding import FORMATS, Embedding, Vectors
 from lib_estimate.hosts.base import Conditioning, Host, ModelInfo, Session
 from lib_estimate.hosts.several import sessions_of
-from lib_estimate.learn.continued import Continued, continued, fitting_vectors
+from lib_estimate.learn.continued import Continued, continued
 from lib_estimate.learn.count import starting_vectors
 from lib_estimate.learn.initial import initial_vectors, wanted_count
 from lib_estimate.learn.learning import Run, learn
@@ -188,16 +188,6 @@ def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
     )
 
 
-def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iterator[Phase | Fidelity]:
-    """Measures an embedding against a prompt, as at the end of an estimate; on each of a host's checkpoints."""
-    with sessions_of(host, tags=request.take_over_lora) as sessions, shortage_said(request, sessions):
-        _check_size(request, [session.info for session in sessions])
-        vectors = fitting_vectors(embedding, sessions[0].info)
-        court = court_of(sessions, targets_on(request, sessions), request, report_sentences(request))
-        for progress in first_good(court, [lambda: vectors]):
-            yield progress if isinstance(progress, Fidelity) else Phase(*progress)
-
-
 def check_destination(request: EstimateRequest) -> Path:
     """Where the file will be, before the model is known. Refuses bad requests, a file to continue that can't be read,
     and a name that is taken.
@@ -222,7 +212,7 @@ def destination(request: EstimateRequest, infos: Sequence[ModelInfo]) -> Path:
     """Where the file will be, and refuses what doesn't fit the model: SDXL's two kinds of vectors go into safetensors
     only."""
     path = check_destination(request)
-    _check_size(request, infos)
+    check_size(request, infos)
     pt = path.suffix.lower() == f".{Format.PT.value}"
     if len(infos[0].widths) == 1 or not pt:
         return path
@@ -233,7 +223,7 @@ def destination(request: EstimateRequest, infos: Sequence[ModelInfo]) -> Path:
     return path.with_suffix(f".{Format.SAFETENSORS.value}")
 
 
-def _check_size(request: EstimateRequest, infos: Sequence[ModelInfo]) -> None:
+def check_size(request: EstimateRequest, infos: Sequence[ModelInfo]) -> None:
     for side, info in product(("width", "height"), infos):
         if getattr(request, side) % info.latent_scale:
             raise EstimateError(

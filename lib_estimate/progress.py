@@ -28,8 +28,8 @@ class Note:
 
 
 @dataclass(frozen=True)
-class NextWord(Note):
-    """One of several embeddings of a run begins."""
+class Next(Note):
+    """One of several embeddings of a run, or of several checkpoints, begins."""
 
     number: int
     total: int

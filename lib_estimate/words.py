@@ -21,7 +21,7 @@ from lib_estimate.hosts.several import each_of
 from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.learn.learning import Run
 from lib_estimate.learn.needs import shortage_said
-from lib_estimate.progress import Cancel, Interrupted, NextWord, Note, Phase
+from lib_estimate.progress import Cancel, Interrupted, Next, Note, Phase
 from lib_estimate.report.court_of_words import CourtOfWords
 from lib_estimate.report.fidelity import Fidelity, exact, first_good
 from lib_estimate.request import EstimateRequest, Use
@@ -142,7 +142,7 @@ def _learn(
     learnt: list[Learnt] = []
     for number, (word, target) in enumerate(zip(apart.words, targets, strict=True)):
         session.place(Network.TEXT)
-        yield NextWord(f"{word.name}: word {number + 1} of {len(apart.words)}.", number + 1, len(apart.words))
+        yield Next(f"{word.name}: word {number + 1} of {len(apart.words)}.", number + 1, len(apart.words))
         start = initial_vectors(word, session)
         if cancel.wanted == "save":  # what comes after an interruption is left as it starts
             learnt.append(Learnt(start, Run(start, [], [], "interrupted")))

@@ -15,6 +15,7 @@ from lib_estimate.hosts.base import Network
 from lib_estimate.hosts.several import Several
 from lib_estimate.hosts.standalone import StandaloneHost, StandaloneSession
 from lib_estimate.learn.needs import shared
+from lib_estimate.measuring import measured
 from lib_estimate.progress import Cancel
 from lib_estimate.report.checkpoints import Courts
 from lib_estimate.report.fidelity import Court, first_good
@@ -47,7 +48,7 @@ def words(both, tmp_path_factory) -> dict[str, job.Outcome]:
 
 
 def test_a_word_made_on_both_carries_further_than_one_made_on_one(words, both) -> None:
-    *_, one = job.measured(reading.load(words["one"].path), REQUEST, both)
+    *_, one = measured(reading.load(words["one"].path), REQUEST, both)
     alone, together = (
         {row.name: 1 - row.fidelity.recovered for row in fidelity.checkpoints}  # what is left of the emphasis
         for fidelity in (one, words["both"].fidelity)

@@ -13,6 +13,7 @@ from lib_estimate.files import reading
 from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts.standalone import StandaloneSession
 from lib_estimate.learn import starts
+from lib_estimate.measuring import measured
 from lib_estimate.progress import Cancel, Interrupted, Note, StepReport
 from lib_estimate.request import Part, Target
 from lib_estimate.target.error import recovered_share
@@ -69,7 +70,7 @@ def test_the_saved_file_holds_the_best_vectors_and_how_they_came(host, short) ->
 
 def test_measuring_the_file_gives_the_figures_of_the_run(host, short) -> None:
     outcome = run(short, host)
-    *_, fidelity = job.measured(reading.load(outcome.path), short, host)
+    *_, fidelity = measured(reading.load(outcome.path), short, host)
     assert fidelity.error == pytest.approx(outcome.fidelity.error, rel=1e-3)
 
 
@@ -171,7 +172,7 @@ def test_a_common_word_as_name_is_warned_about(host, short) -> None:
 def test_the_vectors_of_another_model_are_refused(host, short) -> None:
     other = Embedding("other", {"clip_l": torch.zeros(2, 5)}, {})
     with pytest.raises(EstimateError, match="width 5"):
-        list(job.measured(other, short, host))
+        list(measured(other, short, host))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from lib_estimate import job, words
 from lib_estimate.errors import EstimateError, RequestError
 from lib_estimate.files import reading
 from lib_estimate.hosts.standalone import StandaloneHost
-from lib_estimate.progress import Cancel, NextWord, Note, StepReport
+from lib_estimate.progress import Cancel, Next, Note, StepReport
 from lib_estimate.report.court_of_words import CourtOfWords
 from lib_estimate.report.fidelity import picture_error
 from lib_estimate.request import Effort, EstimateRequest, ModelOptions, Part, Use
@@ -47,7 +47,7 @@ def test_both_at_once_from_one_recording(host, asked, monkeypatch) -> None:
     outcome = seen[-1]
     assert [path.name for path in (outcome.path, *outcome.others)] == ["w_test.pt", "w_test-neg.pt"]
     assert outcome.written == {"prompt": "w_test", "negative prompt": "w_test-neg"}
-    assert [(p.number, p.total) for p in seen if isinstance(p, NextWord)] == [(1, 2), (2, 2)]
+    assert [(p.number, p.total) for p in seen if isinstance(p, Next)] == [(1, 2), (2, 2)]
     one = dataclasses.replace(asked, target=Which.PROMPT, name="w_one")
     *_, alone = job.estimate(one, host)
     assert (

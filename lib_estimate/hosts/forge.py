@@ -71,6 +71,19 @@ def _chosen() -> Any:
     return model
 
 
+def chosen_checkpoint() -> Any:
+    """What `use_checkpoint` takes to have again what is there now."""
+    return sd_models.model_data.forge_loading_parameters.get("checkpoint_info")
+
+
+def use_checkpoint(checkpoint: Any) -> None:
+    """Loads a checkpoint, if it isn't loaded; the one that the user has chosen in the menu stays chosen there."""
+    data = sd_models.model_data
+    data.forge_loading_parameters = {**data.forge_loading_parameters, "checkpoint_info": checkpoint}
+    if checkpoint is not None:
+        _chosen()
+
+
 def refresh_embeddings() -> None:
     """Reads the embeddings folder again: each text encoder has a list of its own."""
     for engine in _text_engines(sd_models.model_data.sd_model):

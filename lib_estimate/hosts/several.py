@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from lib_estimate.errors import EstimateError
@@ -22,10 +22,21 @@ class Several:
     def without(self, names: Collection[str]) -> Several:
         return Several([host.without(names) for host in self.hosts])
 
+    def in_turn(self) -> Generator[tuple[int, int, Host], None, None]:
+        """See the function of this name."""
+        for number, host in enumerate(self.hosts, 1):
+            yield number, len(self.hosts), host
+
 
 def together(hosts: Sequence[Host]) -> Host:
     """The host of one checkpoint, or of several."""
     return hosts[0] if len(hosts) == 1 else Several(hosts)
+
+
+def in_turn(host: Host) -> Generator[tuple[int, int, Host], None, None]:
+    """(number from 1, how many, host) of each of its checkpoints, of which no two have to be there at a time. To be
+    closed: a host that loads them puts back the one from before."""
+    return (host if isinstance(host, Several) else Several([host])).in_turn()
 
 
 def each_of(host: Host) -> Sequence[Host]:

@@ -3,7 +3,8 @@
 Leans on, as read in 1.10.1 (82a973c0): `shared.sd_model` with `cond_stage_model` (for SDXL its `embedders`),
 `apply_model`, `alphas_cumprod`, `parameterization`, `first_stage_model`; `EmbeddingsWithFixes` (the token table, known
 by its `textual_inversion_key`), `model_hijack.embedding_db` with `register_embedding_by_name`, `skipped_embeddings` and
-`load_textual_inversion_embeddings`; `devices.dtype_unet`, `devices.fp8`, `sd_unet.current_unet`,
+`load_textual_inversion_embeddings`; `sd_models.reload_model_weights`, `devices.dtype_unet`, `devices.fp8`,
+`sd_unet.current_unet`,
 `processing.txt2img_image_conditioning`, `lowvram.send_everything_to_cpu` and `module_in_gpu`; of its
 LoRA extension `load_networks` and `network_apply_weights`. In reForge (3b56b268) and
 Forge Classic (1f95d717) besides: `forge_objects` with the patchers `unet`, `clip`, `vae`,
@@ -19,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from modules import devices, processing, sd_hijack, sd_unet, shared
+from modules import devices, processing, sd_hijack, sd_models, sd_unet, shared
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -57,6 +58,16 @@ def loaded() -> WebuiModel:
     if sd_unet.current_unet is not None:
         raise ModelError("Another U-Net (TensorRT or the like) is active. Set SD Unet to None under Settings.")
     return PatchedModel(model) if hasattr(model, "forge_objects") else WebuiModel(model)
+
+
+def chosen_checkpoint() -> Any:
+    """What `use_checkpoint` takes to have again what is there now."""
+    return shared.sd_model.sd_checkpoint_info
+
+
+def use_checkpoint(checkpoint: Any) -> None:
+    """Loads a checkpoint, if it isn't loaded; the one that the user has chosen in the menu stays chosen there."""
+    sd_models.reload_model_weights(info=checkpoint)
 
 
 def refresh_embeddings() -> None:

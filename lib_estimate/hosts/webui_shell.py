@@ -20,6 +20,8 @@ import gradio as gr
 from modules import call_queue, processing, progress, shared
 from modules.options import OptionInfo
 
+from lib_estimate.hosts import webui_checkpoints
+from lib_estimate.hosts.base import Host
 from lib_estimate.hosts.family import family
 from lib_estimate.hosts.webui_session import WebuiHost
 from lib_estimate.request import EstimateRequest, Part
@@ -65,6 +67,12 @@ class WebuiShell:
     def host(self) -> WebuiHost:
         family().loaded()
         return WebuiHost(locked=True)
+
+    def checkpoints(self) -> Sequence[str]:
+        return webui_checkpoints.titles()
+
+    def on(self, checkpoints: Sequence[str]) -> Host:
+        return webui_checkpoints.InTurn(checkpoints, locked=True)
 
     def embeddings_folder(self) -> str:
         return shared.cmd_opts.embeddings_dir

@@ -337,10 +337,10 @@ def _summary(outcome: Any) -> None:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    from lib_estimate import job
     from lib_estimate.files import reading
     from lib_estimate.hosts.several import together
     from lib_estimate.hosts.standalone import StandaloneHost
+    from lib_estimate.measuring import measured
     from lib_estimate.report.fidelity import Fidelity
     from lib_estimate.report.in_words import result_sentence
 
@@ -349,7 +349,7 @@ def _measure(args: argparse.Namespace) -> int:
     embedding = reading.load(args.file)
     host = together([StandaloneHost(each, args.file.parent) for each in _checkpoints(args)])
     with _Bars() as bars:
-        for progress in job.measured(embedding, request, host):
+        for progress in measured(embedding, request, host):
             if isinstance(progress, Fidelity):
                 fidelity = progress
             else:

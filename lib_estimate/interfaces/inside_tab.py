@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import gradio as gr
 
 from lib_estimate.errors import EstimateError
 from lib_estimate.files import names, reading
-from lib_estimate.hosts.base import Host
+from lib_estimate.files.embedding import Embedding
 from lib_estimate.interfaces.fields import identifier, in_the_tab
+from lib_estimate.interfaces.shell import Shell
 from lib_estimate.learn.continued import find_embedding, fitting_vectors
 from lib_estimate.report.inside import Inside, Look, look_inside
 
@@ -22,26 +22,22 @@ ABOUT = (
     "How long the vectors of an embedding are beside the words of the loaded model, and which words they are nearest "
     "to (cosine: 1 is the same direction)."
 )
-
-
-class Program(Protocol):
-    """What is needed of the program around it; see `interfaces.tab.Shell`."""
-
-    live: bool
-
-    def host(self) -> Host: ...
-    def embeddings_folder(self) -> str: ...
-    def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable: ...
+MEASURE = (
+    "How close it comes to the prompt above, in pictures and figures; on other checkpoints, too, which are loaded one "
+    "after the other."
+)
 
 
 class InsideTab:
-    """A folded part of the tab: choose an embedding, see what is in it."""
+    """A folded part of the tab: choose an embedding, see what is in it, or measure it. The tab runs the measuring."""
 
-    def __init__(self, shell: Program) -> None:
+    def __init__(self, shell: Shell) -> None:
         self.shell = shell
 
     def lay_out(self) -> None:
-        with gr.Accordion("What is inside", open=False, elem_id=identifier("inside")):
+        with gr.Accordion(
+            "An embedding you have: what is inside, how close it comes", open=False, elem_id=identifier("inside")
+        ):
             gr.HTML(f"<p>{ABOUT}</p>", elem_id=identifier("inside_about"))
             with gr.Row():
                 self.name = gr.Dropdown(
@@ -51,14 +47,22 @@ class InsideTab:
                 self.name.do_not_save_to_config = True  # tomorrow there are other files in the folder
                 self.again = gr.Button("Read the folder again", elem_id=identifier("inside_refresh"))
                 self.show = gr.Button("Show", elem_id=identifier("inside_show"))
+            gr.HTML(f"<p>{MEASURE}</p>", elem_id=identifier("inside_measure_about"))
+            with gr.Row():
+                self.checkpoints = gr.Dropdown(
+                    choices=list(self.shell.checkpoints()), value=[], multiselect=True,
+                    label="Checkpoints to measure on (none: as it is loaded now)", elem_id=identifier("checkpoints"),
+                )  # fmt: skip
+                self.checkpoints.do_not_save_to_config = True
+                self.measure = gr.Button("Measure", elem_id=identifier("measure"))
             self.table = gr.HTML("", elem_id=identifier("inside_table"))
             self.footer = gr.HTML("", elem_id=identifier("inside_footer"))
 
     def connect(self, **in_turn: Any) -> None:
         """`in_turn`: what keeps the page's own queue from running this beside an estimate. A webui's has its lock."""
         self.again.click(
-            lambda: gr.update(choices=self._names()), inputs=[], outputs=[self.name], queue=False,
-            show_progress="hidden",
+            lambda: [gr.update(choices=self._names()), gr.update(choices=list(self.shell.checkpoints()))],
+            inputs=[], outputs=[self.name, self.checkpoints], queue=False, show_progress="hidden",
         )  # fmt: skip
         # A webui adds a text of its own to the last output.
         look = self.look if self.shell.live else self.shell.wrap(self.look, [gr.update()])
@@ -77,10 +81,14 @@ class InsideTab:
             log.exception("The look into %s failed", name)
             return [_said("bad", f"Unexpected {type(error).__name__}: {error}"), ""]
 
-    def _table(self, name: str | None) -> str:
+    def chosen(self, name: str | None) -> Embedding:
+        """The embedding of a name in the list; EstimateError where there is none."""
         if not name:
-            return _said("note", "Choose an embedding first. Those in the embeddings folder are in the list.")
-        embedding = reading.load(find_embedding(name, Path(self.shell.embeddings_folder())))
+            raise EstimateError("Choose an embedding first. Those in the embeddings folder are in the list.")
+        return reading.load(find_embedding(name, Path(self.shell.embeddings_folder())))
+
+    def _table(self, name: str | None) -> str:
+        embedding = self.chosen(name)
         with self.shell.host().session() as session:
             looks = look_inside(fitting_vectors(embedding, session.info), session.words())
         return "".join(_look(key if len(looks) > 1 else "", look) for key, look in looks.items())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lib_estimate.batch import HEADINGS, Row, cells, summary
 from lib_estimate.interfaces.fields import in_the_tab
+from lib_estimate.report.fidelity import Fidelity
 
 
 def bar(fraction: float, seconds_left: float | None, words: str) -> str:
@@ -33,6 +34,12 @@ def noted(notes: Sequence[str]) -> str:
 def failed(sentences: str) -> str:
     """One sentence to a line."""
     return f"<p class='bad'>{'<br>'.join(map(html.escape, in_the_tab(sentences).splitlines()))}</p>"
+
+
+def result(fidelity: Fidelity, lines: Sequence[str], notes: Sequence[str]) -> str:
+    """Figures in words, lines of HTML, good or bad; and notes."""
+    worth = fidelity.recovered is None or fidelity.recovered > 0
+    return f"<p class='{'good' if worth else 'bad'}'>{'<br>'.join(lines)}</p>{noted(notes)}"
 
 
 def table(rows: Sequence[Row]) -> str:

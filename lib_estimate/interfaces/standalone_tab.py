@@ -31,6 +31,12 @@ class StandaloneShell:
     def host(self) -> Host:
         return self.model
 
+    def checkpoints(self) -> Sequence[str]:
+        return [host.parts.name for host in each_of(self.model)]
+
+    def on(self, checkpoints: Sequence[str]) -> Host:
+        return together([host for host in each_of(self.model) if host.parts.name in checkpoints])
+
     def embeddings_folder(self) -> str:
         return self.folder
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
 from lib_estimate.batch import Batch, summary
 from lib_estimate.errors import EstimateError
-from lib_estimate.hosts.base import Host
 from lib_estimate.interfaces import markup
 from lib_estimate.interfaces.fields import (
     COUNTS,
@@ -33,12 +30,13 @@ from lib_estimate.interfaces.fields import (
     request_from,
 )
 from lib_estimate.interfaces.inside_tab import InsideTab
+from lib_estimate.interfaces.pictures import cards, gallery
+from lib_estimate.interfaces.shell import Shell
 from lib_estimate.interfaces.tab_batch import BatchFields, watched
-from lib_estimate.interfaces.view import View, views
+from lib_estimate.interfaces.view import View, measuring, views
 from lib_estimate.job import Outcome, cost_sentence
-from lib_estimate.progress import Cancel
-from lib_estimate.report.fidelity import Fidelity
-from lib_estimate.report.in_words import REFERENCES, result_sentence
+from lib_estimate.progress import Cancel, Interrupted
+from lib_estimate.report.in_words import result_sentence
 from lib_estimate.request import INIT_TEXT, EstimateRequest, Use
 from lib_estimate.request import Target as Which
 
@@ -60,45 +58,6 @@ COPY = """(name) => {
     document.execCommand("copy");
     field.remove();
 }"""
-
-
-class Shell(Protocol):
-    """The program the tab stands in."""
-
-    live: bool  # whether the tab itself shows how a run goes on; else the program does, by a mechanism of its own
-
-    def host(self) -> Host:
-        """The host, with its model; EstimateError where there is none."""
-
-    def embeddings_folder(self) -> str:
-        """Where embeddings are."""
-
-    def start_values(self) -> dict[str, Any]:
-        """Request fields that begin with another value than the request's default."""
-
-    def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable:
-        """`run` as the program runs long jobs; `failed`: outputs, but the last, for when it raises."""
-
-    def show(self, view: View) -> None:
-        """Shows how a run goes on, where the tab doesn't."""
-
-    def interrupted(self) -> bool:
-        """Whether the program's own interrupt was pressed."""
-
-    def styles(self) -> Sequence[tuple[str, str, str]]:
-        """The program's styles: name, prompt, negative prompt."""
-
-    def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None:
-        """A file was saved: its name must work in the next generation."""
-
-    def count_tokens(self, text: str, steps: int, negative: bool) -> str:
-        """Such as 12/75; ? where nothing can count them yet."""
-
-    def send_buttons(self) -> Sequence[str]:
-        """Tabs of the program that have prompts to send the name to."""
-
-    def restore(self, task: str) -> Any:
-        """The outputs of a run that another page started."""
 
 
 def build(shell: Shell) -> gr.Blocks:
@@ -232,6 +191,8 @@ class Tab:
         of_batch = [self.task, self.batch.file, self.batch.ticked, *self.fields.values()]
         self._connect_run(self.estimate, self._run, inputs)
         self._connect_run(self.batch.start, self._run_batch, of_batch)
+        of_measuring = [self.task, self.inside.name, self.inside.checkpoints, *self.fields.values()]
+        self._connect_run(self.inside.measure, self._run_measuring, of_measuring)
         self.inside.connect(**self._alone)
         if not self.shell.live:
             self.restored.click(
@@ -327,6 +288,11 @@ class Tab:
         file, ticked, *others = values
         yield from self._in_words(self._estimate_all, file, ticked, others)
 
+    def _run_measuring(self, values: Sequence[Any]) -> Iterator[list[Any]]:
+        """Measures the embedding that comes first among the values, on the checkpoints that come second."""
+        name, checkpoints, *others = values
+        yield from self._in_words(self._measure, name, checkpoints, others)
+
     def _in_words(self, work: Callable[..., Iterator[list[Any]]], *given: Any) -> Iterator[list[Any]]:
         """work(*given, cancel, begun), where whatever goes wrong becomes a sentence. `begun` is what takes the results
         of an older run away; `work` fills it in once there is a new one."""
@@ -385,7 +351,7 @@ class Tab:
             for view, moment in watched(batch, self.shell.host(), cancel):
                 self._show(view, cancel)
                 if isinstance(moment.progress, Outcome):
-                    made += [(moment.line.request, *file) for file in _cards(moment.progress, moment.line.request)]
+                    made += [(moment.line.request, *file) for file in cards(moment.progress, moment.line.request)]
                 if self.shell.live:
                     shown = markup.bar(view.fraction, None, view.words)
                     yield self._shown(progress=shown, curve=view.curve, result=markup.table(batch.rows))
@@ -394,20 +360,37 @@ class Tab:
         done = markup.bar(1.0, None, summary(batch.rows))
         yield self._shown(progress=done, result=markup.table(batch.rows) + markup.noted(notes))
 
+    def _measure(
+        self, name: str, checkpoints: Sequence[str], values: Sequence[Any], cancel: Cancel, begun: dict[str, Any]
+    ) -> Iterator[list[Any]]:
+        request, embedding = self._request(values).validate(), self.inside.chosen(name)
+        yield self._begin(begun)
+        host = self.shell.on(checkpoints) if checkpoints else self.shell.host()
+        for view, fidelity in measuring(embedding, request, host):
+            self._show(view, cancel)
+            if cancel.wanted is not None:
+                raise Interrupted("Interrupted. Nothing was measured.")
+            shown = {"progress": markup.bar(view.fraction, None, view.words), "result": markup.noted(view.notes)}
+            if fidelity is not None:
+                lines = [html.escape(line) for line in result_sentence(fidelity, embedding.name).splitlines()]
+                shown |= {"result": markup.result(fidelity, lines, view.notes), "done": embedding.name}
+                yield self._shown(gallery=gallery(fidelity, embedding.name), **shown)
+            elif self.shell.live:
+                yield self._shown(**shown)
+
     def _finished(self, request: EstimateRequest, view: View) -> list[Any]:
         outcome = view.outcome
         sentence = result_sentence(outcome.fidelity, outcome.title)
-        files = _cards(outcome, request)
+        files = cards(outcome, request)
         notes = [*view.notes, *dict.fromkeys(note for file in files for note in self._taken_in(request, *file))]
-        worth = outcome.fidelity.recovered is None or outcome.fidelity.recovered > 0
         cost = cost_sentence(outcome.record["forwards"], request.sampling_steps)
-        text = "<br>".join(map(html.escape, [*sentence.splitlines(), cost]))
-        use = "<br>".join(f"Write <b>{html.escape(t)}</b> in your {side}." for side, t in outcome.written.items())
+        lines = [*map(html.escape, [*sentence.splitlines(), cost])]
+        lines += [f"Write <b>{html.escape(text)}</b> in your {side}." for side, text in outcome.written.items()]
         saved = ", ".join(map(str, (outcome.path, *outcome.others)))
         return self._shown(
-            progress=markup.bar(1.0, None, f"Saved {saved}"), curve=view.curve, gallery=gallery(outcome),
-            result=f"<p class='{'good' if worth else 'bad'}'>{text}<br>{use}</p>{markup.noted(notes)}",
-            done=next(iter(outcome.written.values())),
+            progress=markup.bar(1.0, None, f"Saved {saved}"), curve=view.curve,
+            gallery=gallery(outcome.fidelity, outcome.title),
+            result=markup.result(outcome.fidelity, lines, notes), done=next(iter(outcome.written.values())),
         )  # fmt: skip
 
     def _taken_in(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> list[str]:
@@ -428,30 +411,3 @@ class Tab:
         """Outputs, in their order; what isn't named stays as it is. The footer is emptied: the webui adds to it."""
         names = ("progress", "curve", "gallery", "result", "done")
         return [gr.update() if changes.get(name) is None else changes[name] for name in names] + [""]
-
-
-def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
-    """Pictures row by row, each with its title; of several checkpoints one after the other."""
-    several, name = outcome.fidelity.checkpoints, outcome.title
-    if not several:
-        return _rows(outcome.fidelity, {"prompt": "prompt", "embedding": name, **REFERENCES})
-    titles = {"embedding": name, **REFERENCES}
-    return [shown for one in several for shown in _rows(one.fidelity, {"prompt": f"prompt, {one.name}", **titles})]
-
-
-def _rows(fidelity: Fidelity, titles: Mapping[str, str]) -> list[tuple[Image.Image, str]]:
-    columns = {
-        titles[name]: [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in batch]
-        for name, batch in fidelity.pictures.items()
-    }
-    rows = max(map(len, columns.values()), default=0)
-    return [(images[row], title) for row in range(rows) for title, images in columns.items()]
-
-
-def _cards(outcome: Outcome, request: EstimateRequest) -> list[tuple[Path, Image.Image | None, str]]:
-    """What a program shows of new files: where each is, its own picture, a description."""
-    own = next((image for image, title in gallery(outcome) if title == outcome.title), None)
-    texts = [word["text"] for word in outcome.record.get("words", [])] or [request.text]
-    said = result_sentence(outcome.fidelity, outcome.title)
-    paths = (outcome.path, *outcome.others)
-    return [(path, own, f"{said}\n\n{text}") for path, text in zip(paths, texts, strict=True)]

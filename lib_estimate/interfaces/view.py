@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts.base import Host
 from lib_estimate.job import Outcome, Progress
-from lib_estimate.progress import Cancel, NextWord, Note, StepReport
+from lib_estimate.measuring import measured
+from lib_estimate.progress import Cancel, Next, Note, StepReport
+from lib_estimate.report.fidelity import Fidelity
 from lib_estimate.report.plots import live_curve
 from lib_estimate.request import EstimateRequest, Part, Use
 from lib_estimate.words import estimate
@@ -67,7 +70,7 @@ class Watcher:
 
     def see(self, progress: Progress) -> View:
         words = ""
-        if isinstance(progress, NextWord):
+        if isinstance(progress, Next):
             self.word, self.words, words = progress.number, progress.total, progress.text
         elif isinstance(progress, Note):
             self.notes.append(progress.text)
@@ -128,3 +131,19 @@ def views(request: EstimateRequest, host: Host, cancel: Cancel) -> Iterator[View
     watcher = Watcher(request)
     for progress in estimate(request, host, cancel):
         yield watcher.see(progress)
+
+
+def measuring(embedding: Embedding, request: EstimateRequest, host: Host) -> Iterator[tuple[View, Fidelity | None]]:
+    """Measures an embedding against a request's prompt and shows how it goes; the last view has the figures."""
+    number, total, watcher, notes = 1, 1, Watcher(request), []
+    for progress in measured(embedding, request, host):
+        if isinstance(progress, Fidelity):
+            yield View(1.0, None, "Measured.", tuple(notes), None, None), progress
+            return
+        if isinstance(progress, Next):
+            number, total, watcher = progress.number, progress.total, Watcher(request)
+        elif isinstance(progress, Note):
+            notes.append(progress.text)
+        words = progress.text if isinstance(progress, Note) else watcher.see(progress).words
+        share = max(0.0, (watcher.fraction - REPORT) / (1 - REPORT))
+        yield View((number - 1 + share) / total, None, words, tuple(notes), None, None), None

@@ -19,6 +19,7 @@ from lib_estimate.hosts.standalone import StandaloneHost
 from lib_estimate.learn.objectives.cross_attention import CrossAttention, InSentences
 from lib_estimate.learn.objectives.hidden_state import HiddenState
 from lib_estimate.learn.registry import LOSSES
+from lib_estimate.measuring import measured
 from lib_estimate.request import HOLE, EstimateRequest, Format, ModelOptions, Part, Start
 from tests.conftest import record
 from tests.small_models import FIRST, SECOND, SIDE, SmallModel, small_model
@@ -217,7 +218,7 @@ def test_an_embedding_of_another_family_is_said_before_the_run(xl, brief, tmp_pa
 def test_an_embedding_of_another_family_can_not_be_measured(xl, brief) -> None:
     other = Embedding("other", {"clip_l": torch.zeros(2, FIRST)}, {})
     with pytest.raises(EstimateError, match="another kind of model"):
-        list(job.measured(other, brief, xl))
+        list(measured(other, brief, xl))
 
 
 def test_a_refiner_is_refused(tmp_path) -> None:

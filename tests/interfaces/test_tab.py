@@ -37,6 +37,9 @@ class Shell:
     def styles(self) -> tuple:
         return (("--- STYLES ---", "", ""), ("day", "a (red:1.4) circle", "blurry"))
 
+    def checkpoints(self) -> tuple:
+        return ()
+
     def send_buttons(self) -> tuple:
         return ("txt2img", "img2img")
 
@@ -199,6 +202,30 @@ def test_of_several_models_each_has_its_line_and_its_pictures(relatives, tmp_pat
     assert len(pictures) == 6
     assert "<br>On shapes_sd: picture error" in result
     assert "<br>On dusk: picture error" in result
+
+    # The same word measured, on both again, and on one of them alone.
+    *_, both = tab._run_measuring(["word", ["shapes_sd", "dusk"], *given.values()])
+    assert [title for _, title in both[2]] == [title for _, title in pictures]
+    assert result.startswith(both[3].split("<br>")[0])
+    progress = [shown[0] for shown in tab._run_measuring(["word", ["dusk"], *given.values()])]
+    assert "Measured." in progress[-1]
+    assert "On dusk" not in both[0]
+    for name, said in ((None, "Choose an embedding"), ("none", "no embedding")):
+        assert said in list(tab._run_measuring([name, [], *given.values()]))[-1][3]
+
+
+def test_a_measurement_can_be_interrupted(host, tmp_path) -> None:
+    shell = standalone_tab.StandaloneShell.__new__(standalone_tab.StandaloneShell)
+    shell.folder, shell.model = str(tmp_path), host
+    writing.save(Embedding("word", {"clip_l": torch.zeros(1, 96)}, {}), tmp_path / "word.pt")
+    tab = tab_module.Tab(shell)
+    with tab_module.gr.Blocks():
+        tab.lay_out()
+    running = tab._run_measuring(["word", [], *values(tab, prompt=PROMPT, width=64, height=64).values()])
+    next(running)
+    tab._stop("save")
+    *_, last = running
+    assert "Nothing was measured" in last[3]
 
 
 # ---- a batch ------------------------------------------------------------------------------------------------------
@@ -387,6 +414,9 @@ def test_in_a_browser(served, tmp_path) -> None:
         page.click("inside_show")
         page.until(lambda: "nearest words" in page.text("inside_table"))
         assert "circle" in page.text("inside_table")
+        page.click("measure")
+        page.until(lambda: "Measured." in page.text("progress"))
+        assert "inbrowser: of what the weights change" in page.text("result")
         assert not page.complaints()
 
 

@@ -27,11 +27,12 @@ from lib_estimate.hosts.webui_shell import WebuiShell
 from lib_estimate.learn.objectives.cross_attention import CrossAttention
 from lib_estimate.learn.objectives.denoising import Denoising
 from lib_estimate.learn.objectives.hidden_state import HiddenState
+from lib_estimate.measuring import measured
 from lib_estimate.progress import Cancel, Interrupted, Note, StepReport
 from lib_estimate.report.inside import look_inside
 from lib_estimate.request import Part
 from lib_estimate.target.target import build_target
-from tests.webui import checks_lora, checks_traps, webuis
+from tests.webui import checks_checkpoints, checks_lora, checks_traps, webuis
 from tests.webui.runs import outcome, picture, raised, request, unchanged_host
 from tests.webui.webuis import changed
 
@@ -157,12 +158,12 @@ def check_estimate() -> dict[str, Any]:
     settings = {"prompt": "(a red circle:1.5)", "seed": 1, "sampling_steps": 6, "steps": 15, "patience": 0}
     made = request(**settings, part=Part.AUTO, width=128, height=128)
     done = outcome(made)
-    *_, measured = job.measured(reading.load(done.path), made, WebuiHost(locked=False))
-    assert abs(measured.recovered - done.fidelity.recovered) < 1e-3, (measured, done.fidelity)
-    assert measured.error < measured.unweighted_error, measured
+    *_, found = measured(reading.load(done.path), made, WebuiHost(locked=False))
+    assert abs(found.recovered - done.fidelity.recovered) < 1e-3, (found, done.fidelity)
+    assert found.error < found.unweighted_error, found
     return {
         "settings": settings, "file": str(done.path), "seconds": done.record["seconds"],
-        "recovered": measured.recovered, "error": measured.error, "unweighted_error": measured.unweighted_error,
+        "recovered": found.recovered, "error": found.error, "unweighted_error": found.unweighted_error,
     }  # fmt: skip
 
 
@@ -409,7 +410,7 @@ def check_a_weight_on_a_saved_embedding_is_as_on_the_words_it_stands_for() -> di
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     name.removeprefix("check_"): function
-    for file in (globals(), vars(checks_lora), vars(checks_traps))
+    for file in (globals(), vars(checks_checkpoints), vars(checks_lora), vars(checks_traps))
     for name, function in list(file.items())
     if name.startswith("check_")
 }

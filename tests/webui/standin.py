@@ -162,7 +162,6 @@ class WebuiSdModel(nn.Module):
         self.first_stage_model.encoder = SimpleNamespace(down=[None] * levels)
         self.image_size = parts.default_size // 2 ** (levels - 1)
         self.alphas_cumprod = parts.alphas_cumprod
-        self.sd_checkpoint_info = SimpleNamespace(model_name=parts.name, shorthash=parts.hash)
 
     def get_learned_conditioning(self, c):
         return self.cond_stage_model(c)
@@ -209,6 +208,19 @@ def update_token_counter(text, steps, styles, *, is_positive=True):
     return f"<span>{count}/75</span>"
 
 
+def reload_model_weights(sd_model=None, info=None, forced_reload=False):
+    """Loads the checkpoint, if it isn't loaded."""
+    loaded = getattr(shared, "sd_model", None)
+    if loaded is not None and loaded.sd_checkpoint_info.filename == info.filename:
+        return
+    hijack = VALUES["modules/sd_hijack.py"]["model_hijack"]
+    shared.sd_model = WebuiSdModel(checkpoint.load(Path(info.filename), torch.float32), hijack).eval()
+    shared.sd_model.sd_checkpoint_info = info
+    hijack.apply_optimizations()
+    standin_lora.install_in_layers(shared.sd_model.model.diffusion_model, [e._model for e in shared.sd_model._texts])
+    hijack.embedding_db.load_textual_inversion_embeddings()
+
+
 # ---- in place -----------------------------------------------------------------------------------------------------
 
 OPTIONS = {
@@ -223,6 +235,7 @@ STANDS_FOR, VALUES = standin_shared.with_shared(
         "modules/sd_hijack.py": (EmbeddingsWithFixes, StableDiffusionModelHijack),
         "modules/sd_hijack_clip.py": (PromptChunk, PromptChunkFix, FrozenCLIPEmbedderWithCustomWords),
         "modules/sd_hijack_optimizations.py": (SdOptimization,),
+        "modules/sd_models.py": (reload_model_weights,),
         "modules/sd_models_types.py": (WebuiSdModel,),
         "modules/sd_unet.py": (),
         "modules/textual_inversion/textual_inversion.py": (Embedding, EmbeddingDatabase),
@@ -239,11 +252,7 @@ STANDS_FOR, VALUES = standin_shared.with_shared(
 
 def install(model: Path) -> None:
     """Makes `import modules` work in this process, with a model loaded."""
-    standin_shared.install(STANDS_FOR, VALUES, OPTIONS)
-    hijack = VALUES["modules/sd_hijack.py"]["model_hijack"]
-    shared.sd_model = WebuiSdModel(checkpoint.load(model, torch.float32), hijack).eval()
-    hijack.apply_optimizations()
-    standin_lora.install_in_layers(shared.sd_model.model.diffusion_model, [e._model for e in shared.sd_model._texts])
+    reload_model_weights(info=standin_shared.install(model, STANDS_FOR, VALUES, OPTIONS))
 
 
 if __name__ == "__main__":

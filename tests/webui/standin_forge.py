@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import os
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import safetensors.torch
 import torch
@@ -184,9 +184,8 @@ STANDS_FOR, VALUES = standin_shared.with_shared(
 
 def install(model: Path) -> None:
     """Makes `import backend` and `import modules` work in this process, with a checkpoint chosen and not yet loaded."""
-    standin_shared.install(STANDS_FOR, VALUES, OPTIONS)
+    chosen = standin_shared.install(model, STANDS_FOR, VALUES, OPTIONS)
     shared.__class__ = Shared
-    chosen = SimpleNamespace(filename=str(model), model_name=Path(model).stem, shorthash=None)
     model_data.forge_loading_parameters = {"checkpoint_info": chosen}
     build_loaded(safetensors.torch, "load_file")
     build_loaded(torch, "load")

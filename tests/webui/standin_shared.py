@@ -230,6 +230,33 @@ def restore_progress(id_task):
     return None
 
 
+checkpoint_aliases: dict[str, CheckpointInfo] = {}
+
+
+class CheckpointInfo:
+    """A checkpoint that can be loaded."""
+
+    def __init__(self, filename):
+        self.filename, self.model_name, self.title = str(filename), Path(filename).stem, Path(filename).name
+        self.shorthash = None
+
+    def register(self):
+        checkpoint_aliases[self.title] = self
+
+
+def checkpoint_tiles(use_short=False):
+    return list(checkpoint_aliases)
+
+
+def list_models():
+    """Reads anew what there is: the one that the webui was started with."""
+    checkpoint_aliases.clear()
+    started_with[0].register()
+
+
+started_with: list[CheckpointInfo] = []
+
+
 # ---- in place -----------------------------------------------------------------------------------------------------
 
 Standing = dict[str, tuple[Any, ...]]  # file of the webui -> classes and functions in it
@@ -241,6 +268,7 @@ VALUES: Values = {
     "modules/extra_networks.py": {"extra_network_registry": extra_network_registry},
     "modules/devices.py": {"device": torch.device("cpu"), "cpu": torch.device("cpu")},
     "modules/paths_internal.py": {"script_path": "/somewhere/a-stand-in"},
+    "modules/sd_models.py": {"checkpoint_aliases": checkpoint_aliases},
 }
 STANDS_FOR: Standing = {
     "modules/devices.py": (autocast,),
@@ -256,6 +284,7 @@ STANDS_FOR: Standing = {
         get_learned_conditioning_prompt_schedules, get_learned_conditioning, get_multicond_learned_conditioning,
         reconstruct_cond_batch, reconstruct_multicond_batch,
     ),
+    "modules/sd_models.py": (CheckpointInfo, checkpoint_tiles, list_models),
     "modules/shared_state.py": (State,),
 }  # fmt: skip
 
@@ -266,7 +295,7 @@ def with_shared(standing: Standing, values: Values) -> tuple[Standing, Values]:
     return every, {file: {**VALUES.get(file, {}), **values.get(file, {})} for file in every}
 
 
-def install(standing: Standing, values: Values, options: dict[str, Any]) -> None:
+def install(model: Path, standing: Standing, values: Values, options: dict[str, Any]) -> CheckpointInfo:
     """Makes `import modules` and what is below it work in this process, and likewise other packages of the webui."""
     _module("modules").shared = sys.modules["modules.shared"] = shared
     for file, members in standing.items():
@@ -275,6 +304,9 @@ def install(standing: Standing, values: Values, options: dict[str, Any]) -> None
     shared.opts, shared.state = Options(**options), State()
     shared.cmd_opts = SimpleNamespace(embeddings_dir=tempfile.mkdtemp())
     shared.prompt_styles = SimpleNamespace(styles={})
+    started_with[:] = [CheckpointInfo(model)]
+    list_models()
+    return started_with[0]
 
 
 def _module(name: str) -> ModuleType:

@@ -18,6 +18,7 @@ import pytest
 from lib_estimate import job
 from lib_estimate.files import reading
 from lib_estimate.hosts.family import FAMILIES
+from lib_estimate.measuring import measured
 from lib_estimate.request import EstimateRequest, Part, Use
 from tests.small_models import small_model
 from tests.webui import standin, standin_forge
@@ -27,7 +28,7 @@ from tests.webui.real_host import SHAPES_SD, RealHost
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]
 HOSTS = PROJECT / "lib_estimate" / "hosts"
-CHECKS = (HERE / "checks.py", HERE / "checks_lora.py", HERE / "checks_traps.py")
+CHECKS = tuple(HERE / f"checks{what}.py" for what in ("", "_checkpoints", "_lora", "_traps"))
 SHARED = (*sorted(HOSTS.glob("webui_*.py")), HOSTS / "family.py", HERE / "runs.py", *CHECKS)
 STANDINS = {"webui": standin, "forge": standin_forge}  # by the file of hosts/ that knows the family
 PACKAGES = ("modules", "backend", "modules_forge", "ldm_patched")  # a webui's own, as far as it has them
@@ -106,7 +107,7 @@ if ROOT:  # not skipped one by one: conftest.py says it in one line
         request = EstimateRequest(
             **there["settings"], name="here", out=str(tmp_path), use=Use.WHOLE, sentence=("a photo of {}",), images=0
         )
-        *_, here = job.measured(reading.load(Path(there["file"])), request, host)
+        *_, here = measured(reading.load(Path(there["file"])), request, host)
         *_, own = job.estimate(request, host)
         print(f"recovered: {there['recovered']:.4f} of the webui's file there, {here.recovered:.4f} of it here, "
               f"{own.fidelity.recovered:.4f} of a file made here")  # fmt: skip

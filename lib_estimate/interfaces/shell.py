@@ -1,0 +1,56 @@
+"""What the tab needs of the program that it stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lib_estimate.hosts.base import Host
+from lib_estimate.interfaces.view import View
+from lib_estimate.request import EstimateRequest
+
+
+class Shell(Protocol):
+    """The program the tab stands in."""
+
+    live: bool  # whether the tab itself shows how a run goes on; else the program does, by a mechanism of its own
+
+    def host(self) -> Host:
+        """The host, with its model; EstimateError where there is none."""
+
+    def checkpoints(self) -> Sequence[str]:
+        """What else can be loaded, or is."""
+
+    def on(self, checkpoints: Sequence[str]) -> Host:
+        """A host of these, to measure on one after the other."""
+
+    def embeddings_folder(self) -> str:
+        """Where embeddings are."""
+
+    def start_values(self) -> dict[str, Any]:
+        """Request fields that begin with another value than the request's default."""
+
+    def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable:
+        """`run` as the program runs long jobs; `failed`: outputs, but the last, for when it raises."""
+
+    def show(self, view: View) -> None:
+        """Shows how a run goes on, where the tab doesn't."""
+
+    def interrupted(self) -> bool:
+        """Whether the program's own interrupt was pressed."""
+
+    def styles(self) -> Sequence[tuple[str, str, str]]:
+        """The program's styles: name, prompt, negative prompt."""
+
+    def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None:
+        """A file was saved: its name must work in the next generation."""
+
+    def count_tokens(self, text: str, steps: int, negative: bool) -> str:
+        """Such as 12/75; ? where nothing can count them yet."""
+
+    def send_buttons(self) -> Sequence[str]:
+        """Tabs of the program that have prompts to send the name to."""
+
+    def restore(self, task: str) -> Any:
+        """The outputs of a run that another page started."""
