@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from lib_estimate.errors import EstimateError
 from lib_estimate.interfaces import show
-from lib_estimate.request import EstimateRequest, ModelOptions, Use
+from lib_estimate.request import MEASURED_BY, EstimateRequest, ModelOptions, Use
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +27,6 @@ CHECKOUT = Path(__file__).parents[2]
 DEMO_MODEL = CHECKOUT / "tests" / "shapes_sd" / "shapes_sd.safetensors"
 DEMO_PROMPT = "a (small:1.5) red circle to the left of a large blue star"
 SHORT_FLAGS = {"learning_rate": "--lr", "continue_from": "--continue"}
-CONTEXT = (
-    "negative",
-    "target",
-    "seed",
-    "sampling_steps",
-    "cfg_scale",
-    "width",
-    "height",
-    "images",
-    "sentence",
-)  # of `measure`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the prompt it should behave like (with --target negative: the prompt beside it)",
     )
     _add_fields(measure, ModelOptions)
-    _add_fields(measure, EstimateRequest, only=CONTEXT)
+    _add_fields(measure, EstimateRequest, only=MEASURED_BY)
     _add_output(measure)
     measure.set_defaults(run=_measure)
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
 from lib_estimate.batch import Batch, summary
 from lib_estimate.errors import EstimateError
@@ -34,11 +32,10 @@ from lib_estimate.interfaces.fields import (
 )
 from lib_estimate.interfaces.inside_tab import InsideTab
 from lib_estimate.interfaces.tab_batch import BatchFields, watched
-from lib_estimate.interfaces.view import View, views
+from lib_estimate.interfaces.view import View, cards, gallery, taken_in, views
 from lib_estimate.job import Outcome, cost_sentence
 from lib_estimate.progress import Cancel
-from lib_estimate.report.fidelity import Fidelity
-from lib_estimate.report.in_words import REFERENCES, result_sentence
+from lib_estimate.report.in_words import result_sentence
 from lib_estimate.request import INIT_TEXT, EstimateRequest, Use
 from lib_estimate.request import Target as Which
 
@@ -385,20 +382,20 @@ class Tab:
             for view, moment in watched(batch, self.shell.host(), cancel):
                 self._show(view, cancel)
                 if isinstance(moment.progress, Outcome):
-                    made += [(moment.line.request, *file) for file in _cards(moment.progress, moment.line.request)]
+                    made += [(moment.line.request, *file) for file in cards(moment.progress, moment.line.request)]
                 if self.shell.live:
                     shown = markup.bar(view.fraction, None, view.words)
                     yield self._shown(progress=shown, curve=view.curve, result=markup.table(batch.rows))
         finally:
-            notes = [*notes, *dict.fromkeys(note for new in made for note in self._taken_in(*new))]
+            notes = [*notes, *dict.fromkeys(note for new in made for note in taken_in(self.shell, *new))]
         done = markup.bar(1.0, None, summary(batch.rows))
         yield self._shown(progress=done, result=markup.table(batch.rows) + markup.noted(notes))
 
     def _finished(self, request: EstimateRequest, view: View) -> list[Any]:
         outcome = view.outcome
         sentence = result_sentence(outcome.fidelity, outcome.title)
-        files = _cards(outcome, request)
-        notes = [*view.notes, *dict.fromkeys(note for file in files for note in self._taken_in(request, *file))]
+        files = cards(outcome, request)
+        notes = [*view.notes, *dict.fromkeys(note for file in files for note in taken_in(self.shell, request, *file))]
         worth = outcome.fidelity.recovered is None or outcome.fidelity.recovered > 0
         cost = cost_sentence(outcome.record["forwards"], request.sampling_steps)
         text = "<br>".join(map(html.escape, [*sentence.splitlines(), cost]))
@@ -410,17 +407,6 @@ class Tab:
             done=next(iter(outcome.written.values())),
         )  # fmt: skip
 
-    def _taken_in(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> list[str]:
-        """Tells the program of the new file; a note where that fails, because the file itself is saved by then."""
-        try:
-            self.shell.saved(request, path, picture, description)
-        except Exception:
-            log.exception("The program could not take in %s", path)
-            return [
-                "The file is saved, but the program could not read it in; the log says why. Refresh its embeddings."
-            ]
-        return []
-
     def _failed(self, sentence: str, **more: Any) -> list[Any]:
         return self._shown(progress=markup.idle(), result=markup.failed(sentence), done="", **more)
 
@@ -428,30 +414,3 @@ class Tab:
         """Outputs, in their order; what isn't named stays as it is. The footer is emptied: the webui adds to it."""
         names = ("progress", "curve", "gallery", "result", "done")
         return [gr.update() if changes.get(name) is None else changes[name] for name in names] + [""]
-
-
-def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
-    """Pictures row by row, each with its title; of several checkpoints one after the other."""
-    several, name = outcome.fidelity.checkpoints, outcome.title
-    if not several:
-        return _rows(outcome.fidelity, {"prompt": "prompt", "embedding": name, **REFERENCES})
-    titles = {"embedding": name, **REFERENCES}
-    return [shown for one in several for shown in _rows(one.fidelity, {"prompt": f"prompt, {one.name}", **titles})]
-
-
-def _rows(fidelity: Fidelity, titles: Mapping[str, str]) -> list[tuple[Image.Image, str]]:
-    columns = {
-        titles[name]: [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in batch]
-        for name, batch in fidelity.pictures.items()
-    }
-    rows = max(map(len, columns.values()), default=0)
-    return [(images[row], title) for row in range(rows) for title, images in columns.items()]
-
-
-def _cards(outcome: Outcome, request: EstimateRequest) -> list[tuple[Path, Image.Image | None, str]]:
-    """What a program shows of new files: where each is, its own picture, a description."""
-    own = next((image for image, title in gallery(outcome) if title == outcome.title), None)
-    texts = [word["text"] for word in outcome.record.get("words", [])] or [request.text]
-    said = result_sentence(outcome.fidelity, outcome.title)
-    paths = (outcome.path, *outcome.others)
-    return [(path, own, f"{said}\n\n{text}") for path, text in zip(paths, texts, strict=True)]

@@ -1,20 +1,29 @@
-"""What a person sees of a running estimate: how far it is, one line in words, a growing curve. No gradio here."""
+"""What a person sees of a running estimate and of its outcome: how far it is, one line in words, a growing curve, and
+pictures. No gradio here."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from lib_estimate.hosts.base import Host
 from lib_estimate.job import Outcome, Progress
 from lib_estimate.progress import Cancel, NextWord, Note, StepReport
+from lib_estimate.report.fidelity import Fidelity
+from lib_estimate.report.in_words import REFERENCES, result_sentence
 from lib_estimate.report.plots import live_curve
 from lib_estimate.request import EstimateRequest, Part, Use
 from lib_estimate.words import estimate
+
+log = logging.getLogger(__name__)
 
 CURVE_EVERY = 1.0  # seconds
 # Where a phase begins in the whole job, as shares of its U-Net forwards at the default effort.
@@ -128,3 +137,46 @@ def views(request: EstimateRequest, host: Host, cancel: Cancel) -> Iterator[View
     watcher = Watcher(request)
     for progress in estimate(request, host, cancel):
         yield watcher.see(progress)
+
+
+def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
+    """Pictures row by row, each with its title; of several checkpoints one after the other."""
+    several, name = outcome.fidelity.checkpoints, outcome.title
+    if not several:
+        return _rows(outcome.fidelity, {"prompt": "prompt", "embedding": name, **REFERENCES})
+    titles = {"embedding": name, **REFERENCES}
+    return [shown for one in several for shown in _rows(one.fidelity, {"prompt": f"prompt, {one.name}", **titles})]
+
+
+def _rows(fidelity: Fidelity, titles: Mapping[str, str]) -> list[tuple[Image.Image, str]]:
+    columns = {
+        titles[name]: [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in batch]
+        for name, batch in fidelity.pictures.items()
+    }
+    rows = max(map(len, columns.values()), default=0)
+    return [(images[row], title) for row in range(rows) for title, images in columns.items()]
+
+
+def cards(outcome: Outcome, request: EstimateRequest) -> list[tuple[Path, Image.Image | None, str]]:
+    """What a program shows of new files: where each is, its own picture, a description."""
+    own = next((image for image, title in gallery(outcome) if title == outcome.title), None)
+    texts = [word["text"] for word in outcome.record.get("words", [])] or [request.text]
+    said = result_sentence(outcome.fidelity, outcome.title)
+    paths = (outcome.path, *outcome.others)
+    return [(path, own, f"{said}\n\n{text}") for path, text in zip(paths, texts, strict=True)]
+
+
+class TakesIn(Protocol):
+    """A program that is told of new files; see `interfaces.tab.Shell`."""
+
+    def saved(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> None: ...
+
+
+def taken_in(program: TakesIn, request: EstimateRequest, path: Path, picture: Any, description: str) -> list[str]:
+    """Tells the program of the new file; a note where that fails, because the file itself is saved by then."""
+    try:
+        program.saved(request, path, picture, description)
+    except Exception:
+        log.exception("The program could not take in %s", path)
+        return ["The file is saved, but the program could not read it in; the log says why. Refresh its embeddings."]
+    return []

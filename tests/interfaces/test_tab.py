@@ -16,6 +16,7 @@ from lib_estimate.hosts.several import Several
 from lib_estimate.interfaces import fields, standalone_tab
 from lib_estimate.interfaces import tab as tab_module
 from lib_estimate.interfaces.inside_tab import InsideTab
+from lib_estimate.interfaces.view import taken_in
 from lib_estimate.request import AUTO_VECTORS, EstimateRequest, ModelOptions, Part, Target, Use
 from tests.conftest import SHAPES_SD
 from tests.interfaces import browser
@@ -170,7 +171,7 @@ def test_a_program_that_fails_to_take_a_file_in_is_a_note(tab, monkeypatch, tmp_
         raise RuntimeError("on purpose")
 
     monkeypatch.setattr(tab.shell, "saved", fail, raising=False)
-    (note,) = tab._taken_in(EstimateRequest(), tmp_path / "x.pt", None, "")
+    (note,) = taken_in(tab.shell, EstimateRequest(), tmp_path / "x.pt", None, "")
     assert "is saved" in note
 
 
