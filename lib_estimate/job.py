@@ -198,6 +198,12 @@ def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iter
             yield progress if isinstance(progress, Fidelity) else Phase(*progress)
 
 
+def measurement(path: Path, embedding: Embedding, request: EstimateRequest, fidelity: Fidelity) -> dict[str, Any]:
+    """What was measured, as plain values."""
+    names = {"prompt": request.prompt, "negative": request.negative, "target": request.target.value}
+    return {"file": str(path), "name": embedding.name, **names, **fidelity.figures()}
+
+
 def check_destination(request: EstimateRequest) -> Path:
     """Where the file will be, before the model is known. Refuses bad requests, a file to continue that can't be read,
     and a name that is taken.

@@ -27,9 +27,9 @@ ORDER = (
     "learn.objectives.sketch", "learn.objectives.denoising", "learn.fit",
     "learn.learning", "learn.starts", "learn.count", "learn.needs",
     "job", "words", "batch",
-    "interfaces", "interfaces.view", "interfaces.fields", "interfaces.markup", "interfaces.inside_tab",
-    "interfaces.tab_batch", "interfaces.tab", "interfaces.standalone_tab", "interfaces.show", "interfaces.many",
-    "interfaces.cli",
+    "interfaces", "interfaces.view", "interfaces.tasks", "interfaces.asked", "interfaces.api", "interfaces.fields",
+    "interfaces.markup", "interfaces.inside_tab", "interfaces.tab_batch", "interfaces.tab",
+    "interfaces.standalone_tab", "interfaces.show", "interfaces.many", "interfaces.cli",
     "__main__",
 )  # fmt: skip
 FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ class Program(Protocol):
     def host(self) -> Host: ...
     def embeddings_folder(self) -> str: ...
     def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable: ...
+    def turn(self, task: str) -> AbstractContextManager[None]: ...
 
 
 class InsideTab:
@@ -81,7 +83,8 @@ class InsideTab:
         if not name:
             return _said("note", "Choose an embedding first. Those in the embeddings folder are in the list.")
         embedding = reading.load(find_embedding(name, Path(self.shell.embeddings_folder())))
-        with self.shell.host().session() as session:
+        alone = self.shell.turn("") if self.shell.live else nullcontext()  # a webui's is taken by `wrap` already
+        with alone, self.shell.host().session() as session:
             looks = look_inside(fitting_vectors(embedding, session.info), session.words())
         return "".join(_look(key if len(looks) > 1 else "", look) for key, look in looks.items())
 

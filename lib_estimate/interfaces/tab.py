@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +76,9 @@ class Shell(Protocol):
 
     def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable:
         """`run` as the program runs long jobs; `failed`: outputs, but the last, for when it raises."""
+
+    def turn(self, task: str) -> AbstractContextManager[None]:
+        """The time in which the model is this task's alone, for runs that `wrap` does not wrap."""
 
     def show(self, view: View) -> None:
         """Shows how a run goes on, where the tab doesn't."""
@@ -251,7 +255,8 @@ class Tab:
         """A press of the button runs `run` with a list of what stands in all inputs but the first, the task."""
 
         def live(task: str, *values: Any) -> Iterator[list[Any]]:
-            yield from run(values)
+            with self.shell.turn(task):
+                yield from run(values)
 
         def through(task: str, *values: Any) -> list[Any]:
             shown: list[Any] = []

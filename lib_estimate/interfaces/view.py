@@ -143,12 +143,14 @@ def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
     """Pictures row by row, each with its title; of several checkpoints one after the other."""
     several, name = outcome.fidelity.checkpoints, outcome.title
     if not several:
-        return _rows(outcome.fidelity, {"prompt": "prompt", "embedding": name, **REFERENCES})
+        return pictures_of(outcome.fidelity, {"prompt": "prompt", "embedding": name, **REFERENCES})
     titles = {"embedding": name, **REFERENCES}
-    return [shown for one in several for shown in _rows(one.fidelity, {"prompt": f"prompt, {one.name}", **titles})]
+    return [
+        shown for one in several for shown in pictures_of(one.fidelity, {"prompt": f"prompt, {one.name}", **titles})
+    ]
 
 
-def _rows(fidelity: Fidelity, titles: Mapping[str, str]) -> list[tuple[Image.Image, str]]:
+def pictures_of(fidelity: Fidelity, titles: Mapping[str, str]) -> list[tuple[Image.Image, str]]:
     columns = {
         titles[name]: [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in batch]
         for name, batch in fidelity.pictures.items()
