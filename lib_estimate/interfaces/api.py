@@ -35,7 +35,8 @@ from lib_estimate.request import EstimateRequest
 log = logging.getLogger(__name__)
 
 PREFIX = "/embedding-estimate/v1"
-MOST_BYTES = 256 * 1024  # of a body
+MOST_KB = 256  # of a body
+MOST_BYTES = MOST_KB << 10
 MOST_THROWN_AWAY = 64 * MOST_BYTES  # so that whoever sends a longer one hears why it was refused
 LONGEST_SENTENCE = 2000  # it may quote what was sent
 WAYS = ("save", "discard")
@@ -136,7 +137,7 @@ async def body(request: Request) -> bytes:
         elif size > MOST_THROWN_AWAY:
             break
     if size > MOST_BYTES:
-        raise HTTPException(413, f"The request is longer than {MOST_BYTES // 1024} kB.")
+        raise HTTPException(413, f"The request is longer than {MOST_KB} kB.")
     return bytes(read)
 
 

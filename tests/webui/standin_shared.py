@@ -230,6 +230,18 @@ def restore_progress(id_task):
     return None
 
 
+def add_task_to_queue(id_job):
+    """What the page is told of those that wait is not looked at."""
+
+
+def start_task(id_task):
+    sys.modules["modules.progress"].current_task = id_task
+
+
+def finish_task(id_task):
+    sys.modules["modules.progress"].current_task = None
+
+
 # ---- in place -----------------------------------------------------------------------------------------------------
 
 Standing = dict[str, tuple[Any, ...]]  # file of the webui -> classes and functions in it
@@ -241,6 +253,7 @@ VALUES: Values = {
     "modules/extra_networks.py": {"extra_network_registry": extra_network_registry},
     "modules/devices.py": {"device": torch.device("cpu"), "cpu": torch.device("cpu")},
     "modules/paths_internal.py": {"script_path": "/somewhere/a-stand-in"},
+    "modules/progress.py": {"current_task": None},
 }
 STANDS_FOR: Standing = {
     "modules/devices.py": (autocast,),
@@ -250,7 +263,7 @@ STANDS_FOR: Standing = {
     "modules/processing.py": (
         StableDiffusionProcessing, StableDiffusionProcessingTxt2Img, Processed, txt2img_image_conditioning,
     ),
-    "modules/progress.py": (restore_progress,),
+    "modules/progress.py": (restore_progress, add_task_to_queue, start_task, finish_task),
     "modules/prompt_parser.py": (
         SdConditioning, ScheduledPromptConditioning, MulticondLearnedConditioning, get_multicond_prompt_list,
         get_learned_conditioning_prompt_schedules, get_learned_conditioning, get_multicond_learned_conditioning,
@@ -273,7 +286,7 @@ def install(standing: Standing, values: Values, options: dict[str, Any]) -> None
         made = _module(file.removesuffix(".py").replace("/", "."))
         made.__dict__.update({member.__name__: member for member in members}, **values[file])
     shared.opts, shared.state = Options(**options), State()
-    shared.cmd_opts = SimpleNamespace(embeddings_dir=tempfile.mkdtemp())
+    shared.cmd_opts = SimpleNamespace(embeddings_dir=tempfile.mkdtemp(), api=True, api_auth=None)
     shared.prompt_styles = SimpleNamespace(styles={})
 
 
