@@ -12,9 +12,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lib_estimate import job, words
+from lib_estimate.choices import OPTIMIZERS
 from lib_estimate.errors import EmbeddingFileError, EstimateError, RequestError
 from lib_estimate.files import names
 from lib_estimate.files.embedding import EMBEDDING_SUFFIXES
+from lib_estimate.learn.registry import missing_package, parse_learning_rate
 from lib_estimate.request import MEASURED_BY, EstimateRequest, field_value
 
 NOT_ASKED = "out"  # the program's own folder of embeddings
@@ -57,6 +59,7 @@ def estimate_request(given: Mapping[str, Any], folder: Path, start: Mapping[str,
             "inside of it.", NOT_ASKED,
         )  # fmt: skip
     request = _request({**start, **given}, ESTIMATE, folder).validate()
+    _check_rate(request)
     if request.continue_from.strip():
         found = embedding_inside(request.continue_from.strip(), folder, "continue_from")
         # As a path it would be looked for where the program was started, too.
@@ -126,6 +129,18 @@ def _is_inside(path: Path, folder: Path) -> bool:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError):  # no path, or a link to itself
         return False
+
+
+def _check_rate(request: EstimateRequest) -> None:
+    """What else would be noticed only after the target is recorded."""
+    try:
+        if request.learning_rate:
+            parse_learning_rate(request.learning_rate, max(request.steps, 1))
+    except EstimateError as error:
+        raise RequestError(str(error), "learning_rate") from error
+    package = missing_package(request.optimizer) if request.optimizer in OPTIMIZERS else None
+    if package:
+        raise RequestError(f"optimizer {request.optimizer!r} needs the package {package}.", "optimizer")
 
 
 def _request(given: Mapping[str, Any], known: Collection[str], folder: Path) -> EstimateRequest:

@@ -255,6 +255,7 @@ class Tab:
         """A press of the button runs `run` with a list of what stands in all inputs but the first, the task."""
 
         def live(task: str, *values: Any) -> Iterator[list[Any]]:
+            yield self._shown(progress=markup.bar(0.0, None, "Waiting for the model"))  # which the API may be using
             with self.shell.turn(task):
                 yield from run(values)
 

@@ -234,6 +234,7 @@ def test_only_the_last_tasks_are_remembered_and_only_so_many_wait(monkeypatch) -
         ("part", {"part": "whatever"}),
         ("part", {"part": None}),
         ("schedule", {"schedule": "whatever"}),
+        ("learning_rate", {"learning_rate": "fast"}),
         ("vectors", {"vectors": "many"}),
         ("vectors", {"vectors": 0}),
         ("overwrite", {"overwrite": "yes"}),
