@@ -26,10 +26,9 @@ from lib_estimate.files import reading
 from lib_estimate.hosts.base import Host, PromptPart, Token
 from lib_estimate.interfaces import asked
 from lib_estimate.interfaces.tasks import Result, Task, Tasks, TooMany, Work
-from lib_estimate.interfaces.view import REPORT, TakesIn, View, Watcher, cards, gallery, pictures_of, taken_in, views
+from lib_estimate.interfaces.view import REPORT, TakesIn, View, Watcher, cards, gallery, taken_in, views
 from lib_estimate.progress import Cancel, Interrupted
 from lib_estimate.report.fidelity import Fidelity
-from lib_estimate.report.in_words import REFERENCES
 from lib_estimate.request import EstimateRequest
 
 log = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ def add_routes(app: FastAPI, program: Program) -> None:
 
 def read_accounts(given: str | None) -> list[tuple[str, str]]:
     """Of `user:password`, several with commas between them, as a webui's --api-auth. EstimateError where it is not."""
-    pairs = [pair.partition(":") for pair in (given or "").split(",") if pair.strip()]
+    pairs = [pair.strip().partition(":") for pair in (given or "").split(",") if pair.strip()]
     if not all(user.strip() and colon and password.strip() for user, colon, password in pairs):
         raise EstimateError("--api-auth must be user:password, or several with commas between them.")
     return [(user, password) for user, _, password in pairs]
@@ -272,7 +271,7 @@ class Api:
             made = [taken_in(self.program, request, *file) for file in cards(outcome, request)]
             notes = dict.fromkeys(note for each in made for note in each)
             record = {**outcome.record, "written": outcome.written}
-            yield Result(record, _pngs(gallery(outcome)), (*view.notes, *notes))
+            yield Result(record, _pngs(gallery(outcome.fidelity, outcome.title)), (*view.notes, *notes))
 
         return work
 
@@ -286,8 +285,8 @@ class Api:
                 if not isinstance(progress, Fidelity):
                     view = self._seen(watcher.see(progress), cancel)
                     yield replace(view, fraction=(view.fraction - REPORT) / (1 - REPORT), seconds_left=None)
-            titles = {"prompt": "prompt", "embedding": embedding.name, **REFERENCES}
-            yield Result(job.measurement(path, embedding, request, progress), _pngs(pictures_of(progress, titles)), ())
+            record = job.measurement(path, embedding, request, progress)
+            yield Result(record, _pngs(gallery(progress, embedding.name)), ())
 
         return work
 

@@ -408,7 +408,8 @@ class Tab:
         use = "<br>".join(f"Write <b>{html.escape(t)}</b> in your {side}." for side, t in outcome.written.items())
         saved = ", ".join(map(str, (outcome.path, *outcome.others)))
         return self._shown(
-            progress=markup.bar(1.0, None, f"Saved {saved}"), curve=view.curve, gallery=gallery(outcome),
+            progress=markup.bar(1.0, None, f"Saved {saved}"), curve=view.curve,
+            gallery=gallery(outcome.fidelity, outcome.title),
             result=f"<p class='{'good' if worth else 'bad'}'>{text}<br>{use}</p>{markup.noted(notes)}",
             done=next(iter(outcome.written.values())),
         )  # fmt: skip

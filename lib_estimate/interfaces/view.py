@@ -139,18 +139,16 @@ def views(request: EstimateRequest, host: Host, cancel: Cancel) -> Iterator[View
         yield watcher.see(progress)
 
 
-def gallery(outcome: Outcome) -> list[tuple[Image.Image, str]]:
-    """Pictures row by row, each with its title; of several checkpoints one after the other."""
-    several, name = outcome.fidelity.checkpoints, outcome.title
-    if not several:
-        return pictures_of(outcome.fidelity, {"prompt": "prompt", "embedding": name, **REFERENCES})
-    titles = {"embedding": name, **REFERENCES}
-    return [
-        shown for one in several for shown in pictures_of(one.fidelity, {"prompt": f"prompt, {one.name}", **titles})
-    ]
+def gallery(fidelity: Fidelity, title: str) -> list[tuple[Image.Image, str]]:
+    """Pictures row by row, each with its title; of several checkpoints one after the other. title: of the word's."""
+    if not fidelity.checkpoints:
+        return _rows(fidelity, {"prompt": "prompt", "embedding": title, **REFERENCES})
+    titles = {"embedding": title, **REFERENCES}
+    several = fidelity.checkpoints
+    return [shown for one in several for shown in _rows(one.fidelity, {"prompt": f"prompt, {one.name}", **titles})]
 
 
-def pictures_of(fidelity: Fidelity, titles: Mapping[str, str]) -> list[tuple[Image.Image, str]]:
+def _rows(fidelity: Fidelity, titles: Mapping[str, str]) -> list[tuple[Image.Image, str]]:
     columns = {
         titles[name]: [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in batch]
         for name, batch in fidelity.pictures.items()
@@ -161,7 +159,7 @@ def pictures_of(fidelity: Fidelity, titles: Mapping[str, str]) -> list[tuple[Ima
 
 def cards(outcome: Outcome, request: EstimateRequest) -> list[tuple[Path, Image.Image | None, str]]:
     """What a program shows of new files: where each is, its own picture, a description."""
-    own = next((image for image, title in gallery(outcome) if title == outcome.title), None)
+    own = next((image for image, title in gallery(outcome.fidelity, outcome.title) if title == outcome.title), None)
     texts = [word["text"] for word in outcome.record.get("words", [])] or [request.text]
     said = result_sentence(outcome.fidelity, outcome.title)
     paths = (outcome.path, *outcome.others)

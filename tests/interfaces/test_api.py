@@ -188,6 +188,9 @@ def test_a_prompt_is_read(call) -> None:
 
 
 def test_the_tab_and_the_api_wait_for_each_other(call) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "MOST_WAITING", 0)
+        assert call("estimate", {**QUICK, "name": "too-many"})[0] == 429
     with standalone_tab.StandaloneShell.model_lock:  # as a run of the tab has it
         _, task = call("estimate", {**QUICK, "name": "waited", "prompt": "a red circle"})
         time.sleep(0.5)

@@ -294,6 +294,21 @@ def test_a_batch_is_interrupted_as_a_run_is(host, tmp_path) -> None:
     assert [name for name, _, _ in batched.shell.told] == ["dusk"]
 
 
+def test_a_run_has_the_model_for_itself(host, tmp_path) -> None:
+    """So that tasks of the API wait for it."""
+    alone: list[bool] = []
+
+    class Watched(Batched):
+        def host(self) -> None:
+            alone.append(self.model_lock.locked())
+            raise RequestError("enough")
+
+    *_, last = press(Watched(host, tmp_path), "embedding_estimate_batch_estimate", "task", None, ["dusk"])
+    assert "enough" in last[3]
+    assert alone == [True]
+    assert not Watched.model_lock.locked()
+
+
 def test_a_batch_of_nothing_and_a_wrong_one_are_said(host, tmp_path) -> None:
     *_, shown = press(Batched(host, tmp_path), "embedding_estimate_batch_estimate", "task", None, [])
     assert "Drop a file, or tick styles" in shown[3]
