@@ -10,7 +10,14 @@ class PromptSyntaxError(EstimateError):
 
 
 class RequestError(EstimateError):
-    """A request that cannot be carried out as it stands: a value out of range, two fields that contradict."""
+    """A request that cannot be carried out as it stands: a value out of range, two fields that contradict.
+
+    field: the one that is wrong, where that can be said.
+    """
+
+    def __init__(self, sentence: str, field: str = "") -> None:
+        super().__init__(sentence)
+        self.field = field
 
 
 class ModelError(EstimateError):

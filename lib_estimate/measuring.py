@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from lib_estimate.errors import EstimateError
 from lib_estimate.files.embedding import Embedding
@@ -54,3 +56,9 @@ def _row(embedding: Embedding, request: EstimateRequest, host: Host, number: int
                 return OnCheckpoint(info.name, info.hash, progress, court.below_plain(progress))
             yield Phase(*progress)
     raise AssertionError("a court ends with a Fidelity")
+
+
+def measurement(path: Path, embedding: Embedding, request: EstimateRequest, fidelity: Fidelity) -> dict[str, Any]:
+    """What was measured, as plain values."""
+    names = {"prompt": request.prompt, "negative": request.negative, "target": request.target.value}
+    return {"file": str(path), "name": embedding.name, **names, **fidelity.figures()}

@@ -7,6 +7,7 @@ only.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -71,6 +72,10 @@ INIT_TEXT = "init_text"  # value of `vectors`: as many as the initial text has t
 AUTO_VECTORS = "auto"  # value of `vectors`: as few as keep the error below the tolerance
 AUTO = "auto"  # value of fields that depend on the part
 HOLE = "{}"  # where the embedding stands in a sentence
+# Fields that say what an embedding is measured by, beside the prompt.
+MEASURED_BY = (
+    "negative", "target", "seed", "sampling_steps", "cfg_scale", "width", "height", "images", "sentence",
+)  # fmt: skip
 
 
 def _field(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
@@ -217,14 +222,16 @@ class EstimateRequest:
             other = Target.NEGATIVE if which == "prompt" else Target.PROMPT
             if self.target is not other and not text.strip():
                 raise RequestError(
-                    f"The {which} is empty: there is nothing to estimate. Type the text that should become one word."
+                    f"The {which} is empty: there is nothing to estimate. Type the text that should become one word.",
+                    which.split()[0],
                 )
         self._check_several()
         self._check_lora()
         self._check_sentences()
         self._check_start()
         if Path(self.subfolder).is_absolute() or ".." in Path(self.subfolder).parts:
-            raise RequestError(f"subfolder is {self.subfolder!r}: it must be a folder inside the embeddings folder.")
+            sentence = f"subfolder is {self.subfolder!r}: it must be a folder inside the embeddings folder."
+            raise RequestError(sentence, "subfolder")
         return self
 
     @property
@@ -239,31 +246,39 @@ class EstimateRequest:
         if self.use is Use.SENTENCE or self.continue_from.strip() or self.init.strip():
             raise RequestError(
                 f"{what} makes several embeddings, which start from their own texts and stand for whole prompts: leave "
-                "--use sentence, --init and --continue out."
+                "--use sentence, --init and --continue out.",
+                "stages" if self.stages else "target",
             )
 
     def _check_lora(self) -> None:
         if self.take_over_lora and (self.several or self.target is not Target.PROMPT):
             raise RequestError(
                 "A LoRA is of the whole prompt, not of a part of it nor of the negative prompt, so one word for the "
-                "whole prompt takes it over: leave --take-over-lora or --stages out, or let the prompt be the target."
+                "whole prompt takes it over: leave --take-over-lora or --stages out, or let the prompt be the target.",
+                "take_over_lora",
             )
 
     def _check_sentences(self) -> None:
         if self.use is Use.SENTENCE and not self.sentence:
-            raise RequestError("--use sentence needs the sentence: give it as --sentence 'a photo of {}, by night'.")
+            raise RequestError(
+                "--use sentence needs the sentence: give it as --sentence 'a photo of {}, by night'.", "sentence"
+            )
         for sentence in self.sentence:
             if sentence.count(HOLE) != 1:
-                raise RequestError(f"The sentence {sentence!r} must have {HOLE} once, where the word will stand.")
+                raise RequestError(
+                    f"The sentence {sentence!r} must have {HOLE} once, where the word will stand.", "sentence"
+                )
 
     def _check_start(self) -> None:
         if not self.continue_from.strip():
             return
         if self.init.strip():
-            raise RequestError("An initial text and an embedding to continue are two starts: leave one of them out.")
+            raise RequestError(
+                "An initial text and an embedding to continue are two starts: leave one of them out.", "init"
+            )
         if self.start is Start.RANDOM:
             raise RequestError(
-                "An embedding that is continued is the start itself: choose text or pooled as the start."
+                "An embedding that is continued is the start itself: choose text or pooled as the start.", "start"
             )
 
     @property
@@ -290,13 +305,38 @@ def _check(item: dataclasses.Field, value: Any) -> None:
     if choices is not None and value in choices:
         return
     if choices is not None and low is None:
-        raise RequestError(f"{name} is {value!r}: choose one of {', '.join(map(str, choices))}.")
+        raise RequestError(f"{name} is {value!r}: choose one of {', '.join(map(str, choices))}.", name)
     if low is None:
         return
     whole = not isinstance(item.default, float)
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value != value:
         also = "".join(f", or {choice}" for choice in choices or ())
-        raise RequestError(f"{name} is {value!r}: it must be {'a whole number' if whole else 'a number'}{also}.")
+        raise RequestError(f"{name} is {value!r}: it must be {'a whole number' if whole else 'a number'}{also}.", name)
     if value < low or (high is not None and value > high):
         wanted = f"{low} or more" if high is None else f"between {low} and {high}"
-        raise RequestError(f"{name} is {value}: it must be {wanted}.")
+        raise RequestError(f"{name} is {value}: it must be {wanted}.", name)
+
+
+def field_value(name: str, value: Any) -> Any:
+    """A field as the request has it, of what JSON says; RequestError where it can't be. Ranges are the request's own
+    to check."""
+    item = EstimateRequest.__dataclass_fields__.get(name)
+    if item is None:
+        known = ", ".join(field.name for field in dataclasses.fields(EstimateRequest))
+        raise RequestError(f"there is no field {name!r}. The fields are {known}.", name)
+    kind = type(item.default)
+    if issubclass(kind, Enum):
+        if value not in item.metadata["choices"]:
+            choices = ", ".join(item.metadata["choices"])
+            raise RequestError(f"{name} is {value!r}: choose one of {choices}.", name)
+        return kind(value)
+    if kind is tuple:
+        rows = [value] if isinstance(value, str) else value
+        if not isinstance(rows, Sequence) or not all(isinstance(row, str) for row in rows):
+            raise RequestError(f"{name} must be text, or a list of texts.", name)
+        return tuple(rows)
+    checked_there = item.metadata["low"] is not None
+    if not checked_there and not isinstance(value, kind):
+        wanted = "true or false" if kind is bool else "text"
+        raise RequestError(f"{name} is {value!r}: it must be {wanted}.", name)
+    return value

@@ -8,19 +8,17 @@ user's own prompt goes; a style without it stands behind that prompt.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from lib_estimate.errors import EmbeddingFileError, RequestError
 from lib_estimate.files import names
-from lib_estimate.request import HOLE, EstimateRequest, Target, Use
+from lib_estimate.request import HOLE, EstimateRequest, Target, Use, field_value
 
 STYLE_HOLE = "{prompt}"
 NEGATIVE_ENDING = "-neg"
@@ -180,28 +178,8 @@ def _json_requests(text: str, path: Path, common: EstimateRequest) -> Iterator[L
         place = f"entry {number}"
         if not isinstance(entry, dict):
             raise RequestError(f'{place} must have the fields of a request: {{"name": ..., "prompt": ...}}.')
-        fields = {name: _value(place, name, value) for name, value in entry.items()}
+        try:
+            fields = {name: field_value(name, value) for name, value in entry.items()}
+        except RequestError as error:
+            raise RequestError(f"{place}: {error}", error.field) from error
         yield Line(place, replace(common, **fields))
-
-
-def _value(place: str, name: str, value: Any) -> Any:
-    """A field as the request has it. Ranges are the request's own to check."""
-    item = EstimateRequest.__dataclass_fields__.get(name)
-    if item is None:
-        known = ", ".join(field.name for field in dataclasses.fields(EstimateRequest))
-        raise RequestError(f"{place}: there is no field {name!r}. The fields are {known}.")
-    kind = type(item.default)
-    if issubclass(kind, Enum):
-        if value not in item.metadata["choices"]:
-            raise RequestError(f"{place}: {name} is {value!r}: choose one of {', '.join(item.metadata['choices'])}.")
-        return kind(value)
-    if kind is tuple:
-        rows = [value] if isinstance(value, str) else value
-        if not isinstance(rows, Sequence) or not all(isinstance(row, str) for row in rows):
-            raise RequestError(f"{place}: {name} must be text, or a list of texts.")
-        return tuple(rows)
-    checked_there = item.metadata["low"] is not None
-    if not checked_there and not isinstance(value, kind):
-        wanted = "true or false" if kind is bool else "text"
-        raise RequestError(f"{place}: {name} is {value!r}: it must be {wanted}.")
-    return value

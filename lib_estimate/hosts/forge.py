@@ -95,6 +95,15 @@ def counts_tokens() -> bool:
     return bool(_text_engines(sd_models.model_data.sd_model))
 
 
+def text_engines() -> dict[str, Engine]:
+    """What reads texts, whether or not a run goes on; of a model that is there."""
+    return _engines_of(sd_models.model_data.sd_model)
+
+
+def _engines_of(model: Any) -> dict[str, Engine]:
+    return {engine.embedding_key: _engine(engine) for engine in _text_engines(model)}
+
+
 def _text_engines(model: Any) -> list[Any]:
     found = (getattr(model, name, None) for name in TEXT_ENGINES)
     return [engine for engine in found if engine is not None]
@@ -108,7 +117,7 @@ class ForgeModel:
         objects = model.forge_objects_after_applying_lora
         self._patchers = _patchers(model)
         inner = objects.unet.model
-        self.engines = {engine.embedding_key: _engine(engine) for engine in _text_engines(model)}
+        self.engines = _engines_of(model)
         self.unet: nn.Module = inner.diffusion_model
         self.velocity = inner.predictor.prediction_type == VELOCITY
         self.latent_channels, self.latent_scale = objects.vae.latent_channels, objects.vae.downscale_ratio

@@ -80,6 +80,11 @@ def counts_tokens() -> bool:
     return True
 
 
+def text_engines() -> dict[str, Engine]:
+    """What reads texts, whether or not a run goes on."""
+    return _engines_of(shared.sd_model)
+
+
 class WebuiModel:
     """See `webui_session.Loaded`."""
 

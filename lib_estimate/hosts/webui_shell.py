@@ -1,9 +1,10 @@
 """What the tab needs of a webui besides its model: folders, settings, progress, cards, restoring a run.
 
 Leans on, alike in AUTOMATIC1111 1.10.1 and the Forge family: `call_queue.wrap_gradio_gpu_call`,
-`progress.restore_progress`, `shared.state` (`textinfo`, `job_count`, `sampling_step`, `assign_current_image`,
-`interrupted`), `shared.prompt_styles`, `ui.update_token_counter`, the caches `cached_c`, `cached_uc`, `cached_hr_c`,
-`cached_hr_uc` of the processing classes, `OptionInfo`.
+`progress.restore_progress`, `add_task_to_queue`, `start_task` and `finish_task`, `cmd_opts.api`, `api_auth` and, where
+there is one, `nowebui`, `shared.state` (`begin`, `end`, `textinfo`, `job_count`, `sampling_step`,
+`assign_current_image`, `interrupted`), `shared.prompt_styles`, `ui.update_token_counter`, the caches `cached_c`,
+`cached_uc`, `cached_hr_c`, `cached_hr_uc` of the processing classes, `OptionInfo`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from modules import call_queue, processing, progress, shared
+from modules import call_queue, devices, processing, progress, shared
 from modules.options import OptionInfo
 
+from lib_estimate.errors import ModelError
 from lib_estimate.hosts import webui_checkpoints
 from lib_estimate.hosts.base import Host
 from lib_estimate.hosts.family import family
 from lib_estimate.hosts.webui_session import WebuiHost
+from lib_estimate.hosts.webui_text import WebuiText
 from lib_estimate.request import EstimateRequest, Part
 
 log = logging.getLogger(__name__)
@@ -60,7 +64,7 @@ def _setting(key: str) -> Any:
 
 
 class WebuiShell:
-    """See `interfaces.tab.Shell`."""
+    """See `interfaces.api.Program`."""
 
     live = False
 
@@ -82,6 +86,32 @@ class WebuiShell:
 
     def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable:
         return call_queue.wrap_gradio_gpu_call(run, extra_outputs=list(failed))
+
+    @contextmanager
+    def turn(self, task: str) -> Iterator[None]:
+        """As the webui runs the jobs of its own API."""
+        progress.add_task_to_queue(task)
+        with call_queue.queue_lock:
+            shared.state.begin(job=task)
+            progress.start_task(task)
+            try:
+                yield
+            finally:
+                progress.finish_task(task)
+                shared.state.end()
+
+    def accounts(self) -> list[tuple[str, str]] | None:
+        """As of the webui's own API, which is there with --api, or alone with --nowebui."""
+        options = shared.cmd_opts
+        if not (options.api or getattr(options, "nowebui", False)):
+            return None
+        return [tuple(pair.split(":", 1)) for pair in options.api_auth.split(",")] if options.api_auth else []
+
+    @contextmanager
+    def reader(self) -> Iterator[WebuiText]:
+        if not family().counts_tokens():
+            raise ModelError("The webui has loaded no checkpoint yet, as it does for the first picture or estimate.")
+        yield WebuiText(family().text_engines(), devices.cpu)
 
     def show(self, view: Any) -> None:
         state = shared.state

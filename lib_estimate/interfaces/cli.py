@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from lib_estimate.errors import EstimateError
 from lib_estimate.interfaces import show
-from lib_estimate.request import EstimateRequest, ModelOptions, Use
+from lib_estimate.request import MEASURED_BY, EstimateRequest, ModelOptions, Use
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +27,6 @@ CHECKOUT = Path(__file__).parents[2]
 DEMO_MODEL = CHECKOUT / "tests" / "shapes_sd" / "shapes_sd.safetensors"
 DEMO_PROMPT = "a (small:1.5) red circle to the left of a large blue star"
 SHORT_FLAGS = {"learning_rate": "--lr", "continue_from": "--continue"}
-CONTEXT = (
-    "negative",
-    "target",
-    "seed",
-    "sampling_steps",
-    "cfg_scale",
-    "width",
-    "height",
-    "images",
-    "sentence",
-)  # of `measure`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the prompt it should behave like (with --target negative: the prompt beside it)",
     )
     _add_fields(measure, ModelOptions)
-    _add_fields(measure, EstimateRequest, only=CONTEXT)
+    _add_fields(measure, EstimateRequest, only=MEASURED_BY)
     _add_output(measure)
     measure.set_defaults(run=_measure)
 
@@ -135,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--out", default=EstimateRequest.out, help=_help(EstimateRequest, "out"))
     ui.add_argument("--port", type=int, default=7865, help="port on this computer (default: 7865)")
     ui.add_argument("--no-browser", action="store_true", help="don't open a browser")
+    ui.add_argument("--api", action="store_true", help="serve the HTTP API as well, under /embedding-estimate/v1/")
+    ui.add_argument("--api-auth", metavar="USER:PASSWORD", help="who may use it; several with commas between them")
     ui.set_defaults(run=_ui)
     for command in commands.choices.values():
         command.add_argument("--verbose", action="store_true", help="log details and traces")
@@ -340,7 +331,7 @@ def _measure(args: argparse.Namespace) -> int:
     from lib_estimate.files import reading
     from lib_estimate.hosts.several import together
     from lib_estimate.hosts.standalone import StandaloneHost
-    from lib_estimate.measuring import measured
+    from lib_estimate.measuring import measured, measurement
     from lib_estimate.report.fidelity import Fidelity
     from lib_estimate.report.in_words import result_sentence
 
@@ -354,9 +345,7 @@ def _measure(args: argparse.Namespace) -> int:
                 fidelity = progress
             else:
                 bars.show(progress)
-    names = {"prompt": request.prompt, "negative": request.negative, "target": request.target.value}
-    record = {"file": str(args.file), "name": embedding.name, **names, **fidelity.figures()}
-    _output(args, record, fidelity, embedding.name)
+    _output(args, measurement(args.file, embedding, request, fidelity), fidelity, embedding.name)
     sys.stderr.write(result_sentence(fidelity, embedding.name) + "\n")
     return 0
 
@@ -389,11 +378,14 @@ def _demo(args: argparse.Namespace) -> int:
 def _ui(args: argparse.Namespace) -> int:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        from lib_estimate.interfaces import standalone_tab
+        from lib_estimate.interfaces import api, standalone_tab
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise EstimateError("The tab needs Gradio: pip install -e '.[ui]'") from error
     args.model = args.model or [str(DEMO_MODEL)]
-    standalone_tab.launch(_checkpoints(args), args.out, args.port, browser=not args.no_browser)
+    if args.api_auth is not None and not args.api:
+        raise EstimateError("--api-auth is of the HTTP API: give --api, too.")
+    accounts = api.read_accounts(args.api_auth) if args.api else None
+    standalone_tab.launch(_checkpoints(args), args.out, args.port, browser=not args.no_browser, accounts=accounts)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ class InsideTab:
 
     def _table(self, name: str | None) -> str:
         embedding = self.chosen(name)
-        with self.shell.host().session() as session:
+        alone = self.shell.turn("") if self.shell.live else nullcontext()  # a webui's is taken by `wrap` already
+        with alone, self.shell.host().session() as session:
             looks = look_inside(fitting_vectors(embedding, session.info), session.words())
         return "".join(_look(key if len(looks) > 1 else "", look) for key, look in looks.items())
 

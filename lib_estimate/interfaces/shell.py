@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 from lib_estimate.hosts.base import Host
 from lib_estimate.interfaces.view import View
 from lib_estimate.request import EstimateRequest
+
+log = logging.getLogger(__name__)
 
 
 class Shell(Protocol):
@@ -34,6 +38,9 @@ class Shell(Protocol):
     def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable:
         """`run` as the program runs long jobs; `failed`: outputs, but the last, for when it raises."""
 
+    def turn(self, task: str) -> AbstractContextManager[None]:
+        """The time in which the model is this task's alone, for runs that `wrap` does not wrap."""
+
     def show(self, view: View) -> None:
         """Shows how a run goes on, where the tab doesn't."""
 
@@ -54,3 +61,13 @@ class Shell(Protocol):
 
     def restore(self, task: str) -> Any:
         """The outputs of a run that another page started."""
+
+
+def taken_in(shell: Shell, request: EstimateRequest, path: Path, picture: Any, description: str) -> list[str]:
+    """Tells the program of the new file; a note where that fails, because the file itself is saved by then."""
+    try:
+        shell.saved(request, path, picture, description)
+    except Exception:
+        log.exception("The program could not take in %s", path)
+        return ["The file is saved, but the program could not read it in; the log says why. Refresh its embeddings."]
+    return []

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -31,7 +30,7 @@ from lib_estimate.interfaces.fields import (
 )
 from lib_estimate.interfaces.inside_tab import InsideTab
 from lib_estimate.interfaces.pictures import cards, gallery
-from lib_estimate.interfaces.shell import Shell
+from lib_estimate.interfaces.shell import Shell, taken_in
 from lib_estimate.interfaces.tab_batch import BatchFields, watched
 from lib_estimate.interfaces.view import View, measuring, views
 from lib_estimate.job import Outcome, cost_sentence
@@ -215,7 +214,9 @@ class Tab:
         """A press of the button runs `run` with a list of what stands in all inputs but the first, the task."""
 
         def live(task: str, *values: Any) -> Iterator[list[Any]]:
-            yield from run(values)
+            yield self._shown(progress=markup.bar(0.0, None, "Waiting for the model"))  # which the API may be using
+            with self.shell.turn(task):
+                yield from run(values)
 
         def through(task: str, *values: Any) -> list[Any]:
             shown: list[Any] = []
@@ -356,7 +357,7 @@ class Tab:
                     shown = markup.bar(view.fraction, None, view.words)
                     yield self._shown(progress=shown, curve=view.curve, result=markup.table(batch.rows))
         finally:
-            notes = [*notes, *dict.fromkeys(note for new in made for note in self._taken_in(*new))]
+            notes = [*notes, *dict.fromkeys(note for new in made for note in taken_in(self.shell, *new))]
         done = markup.bar(1.0, None, summary(batch.rows))
         yield self._shown(progress=done, result=markup.table(batch.rows) + markup.noted(notes))
 
@@ -382,7 +383,7 @@ class Tab:
         outcome = view.outcome
         sentence = result_sentence(outcome.fidelity, outcome.title)
         files = cards(outcome, request)
-        notes = [*view.notes, *dict.fromkeys(note for file in files for note in self._taken_in(request, *file))]
+        notes = [*view.notes, *dict.fromkeys(note for file in files for note in taken_in(self.shell, request, *file))]
         cost = cost_sentence(outcome.record["forwards"], request.sampling_steps)
         lines = [*map(html.escape, [*sentence.splitlines(), cost])]
         lines += [f"Write <b>{html.escape(text)}</b> in your {side}." for side, text in outcome.written.items()]
@@ -392,17 +393,6 @@ class Tab:
             gallery=gallery(outcome.fidelity, outcome.title),
             result=markup.result(outcome.fidelity, lines, notes), done=next(iter(outcome.written.values())),
         )  # fmt: skip
-
-    def _taken_in(self, request: EstimateRequest, path: Path, picture: Any, description: str) -> list[str]:
-        """Tells the program of the new file; a note where that fails, because the file itself is saved by then."""
-        try:
-            self.shell.saved(request, path, picture, description)
-        except Exception:
-            log.exception("The program could not take in %s", path)
-            return [
-                "The file is saved, but the program could not read it in; the log says why. Refresh its embeddings."
-            ]
-        return []
 
     def _failed(self, sentence: str, **more: Any) -> list[Any]:
         return self._shown(progress=markup.idle(), result=markup.failed(sentence), done="", **more)

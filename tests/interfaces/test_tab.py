@@ -16,6 +16,7 @@ from lib_estimate.hosts.several import Several
 from lib_estimate.interfaces import fields, standalone_tab
 from lib_estimate.interfaces import tab as tab_module
 from lib_estimate.interfaces.inside_tab import InsideTab
+from lib_estimate.interfaces.shell import taken_in
 from lib_estimate.request import AUTO_VECTORS, EstimateRequest, ModelOptions, Part, Target, Use
 from tests.conftest import SHAPES_SD
 from tests.interfaces import browser
@@ -173,7 +174,7 @@ def test_a_program_that_fails_to_take_a_file_in_is_a_note(tab, monkeypatch, tmp_
         raise RuntimeError("on purpose")
 
     monkeypatch.setattr(tab.shell, "saved", fail, raising=False)
-    (note,) = tab._taken_in(EstimateRequest(), tmp_path / "x.pt", None, "")
+    (note,) = taken_in(tab.shell, EstimateRequest(), tmp_path / "x.pt", None, "")
     assert "is saved" in note
 
 
@@ -318,6 +319,21 @@ def test_a_batch_is_interrupted_as_a_run_is(host, tmp_path) -> None:
     assert "not started" in shown[3]
     assert [path.stem for path in tmp_path.glob("*.pt")] == ["dusk"]
     assert [name for name, _, _ in batched.shell.told] == ["dusk"]
+
+
+def test_a_run_has_the_model_for_itself(host, tmp_path) -> None:
+    """So that tasks of the API wait for it."""
+    alone: list[bool] = []
+
+    class Watched(Batched):
+        def host(self) -> None:
+            alone.append(self.model_lock.locked())
+            raise RequestError("enough")
+
+    *_, last = press(Watched(host, tmp_path), "embedding_estimate_batch_estimate", "task", None, ["dusk"])
+    assert "enough" in last[3]
+    assert alone == [True]
+    assert not Watched.model_lock.locked()
 
 
 def test_a_batch_of_nothing_and_a_wrong_one_are_said(host, tmp_path) -> None:

@@ -1,7 +1,8 @@
 """What must hold inside the webui's process, one function each.
 
 They run in a real webui, called through a route of an extension the tests add to it, and over the stand-ins where there
-is none. A check raises AssertionError, or returns figures. Those of the webuis' traps are in checks_traps.py.
+is none. A check raises AssertionError, or returns figures. Those of the webuis' traps are in checks_traps.py, of
+the HTTP API in checks_api.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lib_estimate.progress import Cancel, Interrupted, Note, StepReport
 from lib_estimate.report.inside import look_inside
 from lib_estimate.request import Part
 from lib_estimate.target.target import build_target
-from tests.webui import checks_checkpoints, checks_lora, checks_traps, webuis
+from tests.webui import checks_api, checks_checkpoints, checks_lora, checks_traps, webuis
 from tests.webui.runs import outcome, picture, raised, request, unchanged_host
 from tests.webui.webuis import changed
 
@@ -410,7 +411,7 @@ def check_a_weight_on_a_saved_embedding_is_as_on_the_words_it_stands_for() -> di
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     name.removeprefix("check_"): function
-    for file in (globals(), vars(checks_checkpoints), vars(checks_lora), vars(checks_traps))
+    for file in (globals(), *map(vars, (checks_checkpoints, checks_lora, checks_traps, checks_api)))
     for name, function in list(file.items())
     if name.startswith("check_")
 }

@@ -257,6 +257,18 @@ def list_models():
 started_with: list[CheckpointInfo] = []
 
 
+def add_task_to_queue(id_job):
+    """What the page is told of those that wait is not looked at."""
+
+
+def start_task(id_task):
+    sys.modules["modules.progress"].current_task = id_task
+
+
+def finish_task(id_task):
+    sys.modules["modules.progress"].current_task = None
+
+
 # ---- in place -----------------------------------------------------------------------------------------------------
 
 Standing = dict[str, tuple[Any, ...]]  # file of the webui -> classes and functions in it
@@ -269,6 +281,7 @@ VALUES: Values = {
     "modules/devices.py": {"device": torch.device("cpu"), "cpu": torch.device("cpu")},
     "modules/paths_internal.py": {"script_path": "/somewhere/a-stand-in"},
     "modules/sd_models.py": {"checkpoint_aliases": checkpoint_aliases},
+    "modules/progress.py": {"current_task": None},
 }
 STANDS_FOR: Standing = {
     "modules/devices.py": (autocast,),
@@ -278,7 +291,7 @@ STANDS_FOR: Standing = {
     "modules/processing.py": (
         StableDiffusionProcessing, StableDiffusionProcessingTxt2Img, Processed, txt2img_image_conditioning,
     ),
-    "modules/progress.py": (restore_progress,),
+    "modules/progress.py": (restore_progress, add_task_to_queue, start_task, finish_task),
     "modules/prompt_parser.py": (
         SdConditioning, ScheduledPromptConditioning, MulticondLearnedConditioning, get_multicond_prompt_list,
         get_learned_conditioning_prompt_schedules, get_learned_conditioning, get_multicond_learned_conditioning,
@@ -302,7 +315,7 @@ def install(model: Path, standing: Standing, values: Values, options: dict[str, 
         made = _module(file.removesuffix(".py").replace("/", "."))
         made.__dict__.update({member.__name__: member for member in members}, **values[file])
     shared.opts, shared.state = Options(**options), State()
-    shared.cmd_opts = SimpleNamespace(embeddings_dir=tempfile.mkdtemp())
+    shared.cmd_opts = SimpleNamespace(embeddings_dir=tempfile.mkdtemp(), api=True, api_auth=None)
     shared.prompt_styles = SimpleNamespace(styles={})
     started_with[:] = [CheckpointInfo(model)]
     list_models()

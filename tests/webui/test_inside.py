@@ -28,7 +28,7 @@ from tests.webui.real_host import SHAPES_SD, RealHost
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]
 HOSTS = PROJECT / "lib_estimate" / "hosts"
-CHECKS = tuple(HERE / f"checks{what}.py" for what in ("", "_checkpoints", "_lora", "_traps"))
+CHECKS = tuple(HERE / f"checks{what}.py" for what in ("", "_checkpoints", "_lora", "_traps", "_api"))
 SHARED = (*sorted(HOSTS.glob("webui_*.py")), HOSTS / "family.py", HERE / "runs.py", *CHECKS)
 STANDINS = {"webui": standin, "forge": standin_forge}  # by the file of hosts/ that knows the family
 PACKAGES = ("modules", "backend", "modules_forge", "ldm_patched")  # a webui's own, as far as it has them
@@ -39,12 +39,14 @@ BASES = {
 }
 ALSO = {"WebuiSdModel": "DiffusionEngine"}  # what an SDXL checkpoint is made of
 UNUSED = {("forge", "modules.sd_hijack_open_clip")}  # its text encoders have each a tokenizer of its own
-NAMES = [
-    function.name.removeprefix("check_")
-    for file in CHECKS
-    for function in ast.parse(file.read_text(encoding="utf-8")).body
-    if isinstance(function, ast.FunctionDef) and function.name.startswith("check_")
-]
+
+
+def checks_of(file: Path) -> list[str]:
+    functions = [one for one in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(one, ast.FunctionDef)]
+    return [one.name.removeprefix("check_") for one in functions if one.name.startswith("check_")]
+
+
+NAMES = [name for file in CHECKS for name in checks_of(file)]
 NAMES.remove("short_run")  # has nothing to say by itself: a test compares what it makes
 # Where SDXL goes another way through the family of Forge than SD 1 does; CI has no time for the others twice.
 SDXL_IN_FORGE = (
@@ -53,8 +55,10 @@ SDXL_IN_FORGE = (
     "recomputing_gives_the_same_gradient", "a_gradient_after_a_decoding",
     "a_new_file_needs_the_right_list_and_no_old_conditioning", "the_host_is_as_before_a_lora_was_taken_over",
 )  # fmt: skip
+OF_THE_API = checks_of(HERE / "checks_api.py")
 RUNS = {
-    ("webui", "sd1"): NAMES, ("webui", "sdxl"): NAMES, ("forge", "sd1"): NAMES, ("forge", "sdxl"): SDXL_IN_FORGE,
+    ("webui", "sd1"): NAMES, ("webui", "sdxl"): [name for name in NAMES if name not in OF_THE_API],
+    ("forge", "sd1"): NAMES, ("forge", "sdxl"): SDXL_IN_FORGE,
 }  # fmt: skip
 # What Forge's stand-in must have for the checks of the cures to see the harm without them.
 TRAPS = {
