@@ -28,8 +28,9 @@ ORDER = (
     "learn.learning", "learn.starts", "learn.count", "learn.needs",
     "job", "measuring", "words", "batch",
     "interfaces", "interfaces.view", "interfaces.fields", "interfaces.markup", "interfaces.shell",
-    "interfaces.pictures", "interfaces.tasks", "interfaces.asked", "interfaces.api", "interfaces.inside_tab",
-    "interfaces.tab_batch", "interfaces.tab", "interfaces.standalone_tab", "interfaces.show", "interfaces.many",
+    "interfaces.bug_report", "interfaces.pictures", "interfaces.tasks", "interfaces.asked", "interfaces.api",
+    "interfaces.inside_tab", "interfaces.tab_batch",
+    "interfaces.tab", "interfaces.standalone_tab", "interfaces.show", "interfaces.many",
     "interfaces.cli",
     "__main__",
 )  # fmt: skip

@@ -13,13 +13,13 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from modules import call_queue, devices, processing, progress, shared
+from modules import call_queue, devices, paths_internal, processing, progress, shared
 from modules.options import OptionInfo
 
 from lib_estimate.errors import ModelError
@@ -112,6 +112,16 @@ class WebuiShell:
         if not family().counts_tokens():
             raise ModelError("The webui has loaded no checkpoint yet, as it does for the first picture or estimate.")
         yield WebuiText(family().text_engines(), devices.cpu)
+
+    def about(self) -> Mapping[str, str]:
+        from modules import launch_utils  # asks git for the version
+
+        flags = sorted(key for key, value in vars(shared.cmd_opts).items() if value is True)
+        widths = {key: engine.table.shape[1] for key, engine in family().text_engines().items()}
+        return {
+            "host": f"{Path(paths_internal.script_path).name} {launch_utils.git_tag()}", "flags": ", ".join(flags),
+            "checkpoint": f"{widths}, {devices.dtype}",
+        }  # fmt: skip
 
     def show(self, view: Any) -> None:
         state = shared.state

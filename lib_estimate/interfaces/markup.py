@@ -36,6 +36,11 @@ def failed(sentences: str) -> str:
     return f"<p class='bad'>{'<br>'.join(map(html.escape, in_the_tab(sentences).splitlines()))}</p>"
 
 
+def folded(title: str, text: str) -> str:
+    """Text that is not for everybody, as it is."""
+    return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
+
+
 def result(fidelity: Fidelity, lines: Sequence[str], notes: Sequence[str]) -> str:
     """Figures in words, lines of HTML, good or bad; and notes."""
     worth = fidelity.recovered is None or fidelity.recovered > 0

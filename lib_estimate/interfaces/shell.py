@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,9 @@ class Shell(Protocol):
 
     def turn(self, task: str) -> AbstractContextManager[None]:
         """The time in which the model is this task's alone, for runs that `wrap` does not wrap."""
+
+    def about(self) -> Mapping[str, str]:
+        """The program and its checkpoint, for a bug report; nobody's names, nor paths. May fail."""
 
     def show(self, view: View) -> None:
         """Shows how a run goes on, where the tab doesn't."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ class StandaloneShell:
 
     def wrap(self, run: Callable, failed: Sequence[Any]) -> Callable:
         return run
+
+    def about(self) -> Mapping[str, str]:
+        with self.reader() as session:
+            kind = f"{dict(session.info.widths)}, {session.parts.prediction}, {session.info.dtype}"
+        return {"host": "none, embedding-estimate ui", "checkpoint": kind}
 
     def show(self, view: View) -> None:
         """The tab itself shows it."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 import html
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
 
 from lib_estimate.batch import Batch, summary
-from lib_estimate.errors import EstimateError
+from lib_estimate.errors import EstimateError, ReportFailed
 from lib_estimate.interfaces import markup
+from lib_estimate.interfaces.bug_report import bug_report
 from lib_estimate.interfaces.fields import (
     COUNTS,
     LABELS,
@@ -303,14 +305,16 @@ class Tab:
             yield from work(*given, cancel, begun)
         except EstimateError as error:
             log.info("Refused or stopped: %s", error)
-            yield self._failed(str(error), **begun)
+            told = error if isinstance(error, ReportFailed) and not isinstance(error.__cause__, EstimateError) else None
+            yield self._failed(str(error), told, given[-1], **begun)
         except MemoryError:
             yield self._failed(OUT_OF_MEMORY, **begun)
         except Exception as error:  # the last place where it can become a sentence
             log.exception("The estimate failed")
-            memory = "out of memory" in str(error).lower()
-            sentence = OUT_OF_MEMORY if memory else f"Unexpected {type(error).__name__}: {error}"
-            yield self._failed(sentence, **begun)
+            if "out of memory" in str(error).lower():
+                yield self._failed(OUT_OF_MEMORY, **begun)
+            else:
+                yield self._failed(f"Unexpected {type(error).__name__}: {error}", error, given[-1], **begun)
         finally:
             self.cancel = None
 
@@ -394,8 +398,17 @@ class Tab:
             result=markup.result(outcome.fidelity, lines, notes), done=next(iter(outcome.written.values())),
         )  # fmt: skip
 
-    def _failed(self, sentence: str, **more: Any) -> list[Any]:
-        return self._shown(progress=markup.idle(), result=markup.failed(sentence), done="", **more)
+    def _failed(
+        self, sentence: str, unexpected: Exception | None = None, values: Sequence[Any] = (), **more: Any
+    ) -> list[Any]:
+        """Shows the sentence; of an unexpected error, with the tab's values then, what to paste into a bug report."""
+        said = markup.failed(sentence)
+        if unexpected is not None:
+            request = None
+            with suppress(Exception):  # the values may be what is wrong
+                request = self._request(values)
+            said += markup.folded("To paste into a bug report", bug_report(unexpected, request, self.shell.about))
+        return self._shown(progress=markup.idle(), result=said, done="", **more)
 
     def _shown(self, **changes: Any) -> list[Any]:
         """Outputs, in their order; what isn't named stays as it is. The footer is emptied: the webui adds to it."""

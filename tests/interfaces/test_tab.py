@@ -41,6 +41,9 @@ class Shell:
     def checkpoints(self) -> tuple:
         return ()
 
+    def about(self) -> dict:
+        return {}
+
     def send_buttons(self) -> tuple:
         return ("txt2img", "img2img")
 
@@ -123,6 +126,41 @@ def test_a_run_that_fails_takes_down_older_results(tab, monkeypatch, tmp_path) -
     for shown in (first, last):
         assert shown[1] == shown[2] == tab_module.gr.update(value=None)
     assert "ZeroDivisionError" in last[3]
+
+
+def test_an_unexpected_error_comes_with_what_to_report_and_nothing_private(tab, monkeypatch, tmp_path) -> None:
+    home, typed = str(tmp_path / "ann"), "my (secret:1.3) garden"
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("USERPROFILE", home)
+
+    def breaks() -> None:
+        raise RuntimeError(f"no way with {typed!r} in {home}/pictures")
+
+    monkeypatch.setattr(tab.shell, "host", breaks, raising=False)
+    monkeypatch.setattr(tab.shell, "about", lambda: {"host": "a test", "checkpoint": "small"}, raising=False)
+    given = values(tab, prompt=typed, name="Rosebud", negative="thorns", steps=7)
+    shown = list(tab._run(list(given.values())))[-1][3]
+    sentence, _, report = shown.partition("<details>")
+    assert "Unexpected RuntimeError" in sentence
+    for fact in (
+        f"torch: {torch.__version__}",
+        "host: a test",
+        "checkpoint: small",
+        "&#x27;steps&#x27;: 7",
+        "device: ",
+    ):
+        assert fact in report, fact
+    assert "in breaks: raise RuntimeError" in report
+    assert "lib_estimate/interfaces/tab.py:" in report
+    assert "RuntimeError: no way with &#x27;&lt;prompt&gt;&#x27; in ~/pictures" in report
+    for private in ("secret", "Rosebud", "thorns", "ann", str(tmp_path)):
+        assert private not in report, private
+    monkeypatch.setattr(tab.shell, "about", lambda: 1 / 0)
+    assert "host: not known (ZeroDivisionError)" in list(tab._run(list(given.values())))[-1][3]
+
+
+def test_a_refusal_is_no_bug(tab) -> None:
+    assert "<details>" not in list(tab._run(list(values(tab, prompt="").values())))[-1][3]
 
 
 def test_element_ids_are_ours_and_unique(tab) -> None:

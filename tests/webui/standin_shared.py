@@ -257,6 +257,10 @@ def list_models():
 started_with: list[CheckpointInfo] = []
 
 
+def git_tag():
+    return "v0-stand-in"
+
+
 def add_task_to_queue(id_job):
     """What the page is told of those that wait is not looked at."""
 
@@ -286,6 +290,7 @@ VALUES: Values = {
 STANDS_FOR: Standing = {
     "modules/devices.py": (autocast,),
     "modules/extra_networks.py": (ExtraNetworkParams, parse_prompt, activate, deactivate),
+    "modules/launch_utils.py": (git_tag,),
     "modules/options.py": (OptionInfo, Options),
     "modules/paths_internal.py": (),
     "modules/processing.py": (
