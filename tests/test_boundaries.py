@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "lib_estimate"
 ORDER = (
     "errors", "choices", "request", "progress",
     "prompt", "prompt.attention", "prompt.schedule", "prompt.chunks",
-    "files", "files.embedding", "files.names", "files.reading", "files.writing",
+    "prompt.vocabulary",
+    "files", "files.names", "files.destination", "files.embedding", "files.reading", "files.writing",
     "files.lists",
     "hosts", "hosts.base", "hosts.denoising", "hosts.precision", "hosts.placement", "hosts.layouts",
     "hosts.text_encoder", "hosts.several", "hosts.checkpoint", "hosts.standalone", "hosts.lending", "hosts.webui_text",
@@ -34,7 +35,19 @@ ORDER = (
     "__main__",
 )  # fmt: skip
 FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")
-WITHOUT_TORCH = ("errors", "choices", "request", "progress", "prompt.attention", "prompt.schedule", "prompt.chunks")
+WITHOUT_TORCH = (
+    "errors",
+    "choices",
+    "request",
+    "progress",
+    "prompt.attention",
+    "prompt.schedule",
+    "prompt.chunks",
+    "prompt.vocabulary",
+    "files.names",
+    "files.destination",
+    "files.lists",
+)
 ONLY_IN = {
     "modules": (
         "hosts.webui_text",
@@ -48,6 +61,7 @@ ONLY_IN = {
     ),
     "backend": ("hosts.forge",),
     "ldm_patched": ("hosts.webui",),
+    "tokenizers": ("prompt.vocabulary",),
     "diffusers": ("hosts.checkpoint", "hosts.standalone"),
     "gradio": (
         "hosts.webui_shell",

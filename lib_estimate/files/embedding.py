@@ -13,18 +13,12 @@ from lib_estimate.errors import EmbeddingFileError
 Vectors = dict[str, torch.Tensor]
 """Text encoder -> `[N, width]`, float32. SD1 `clip_l`, SD2 `clip_h`, SDXL `clip_l` and `clip_g` with the same N."""
 
-FORMATS = ("pt", "safetensors")
-
 SINGLE_KEY = "clip_l"
 """What `load` calls the only tensor of a file: SD1 and SD2 files don't say which text encoder they are for."""
 
 PAIR_KEYS = ("clip_l", "clip_g")
 RECORD_KEY = "embedding_estimate"
 MAX_FILE_BYTES = 512 << 20  # old diffusers files drag their whole token table along (150 MB); a checkpoint is larger
-
-TORCH_SUFFIXES = (".pt", ".bin")
-IMAGE_SUFFIXES = (".png", ".webp", ".jxl", ".avif")
-EMBEDDING_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", *IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lib_estimate.errors import EmbeddingFileError
-from lib_estimate.files.embedding import EMBEDDING_SUFFIXES, FORMATS, IMAGE_SUFFIXES
+
+FORMATS = ("pt", "safetensors")
+TORCH_SUFFIXES = (".pt", ".bin")
+IMAGE_SUFFIXES = (".png", ".webp", ".jxl", ".avif")
+EMBEDDING_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", *IMAGE_SUFFIXES)
 
 MAX_NAME_BYTES = 128  # with ".safetensors" or ".preview.png" still below the 143 of an encrypted Linux home
 

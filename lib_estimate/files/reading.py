@@ -22,17 +22,15 @@ import torch
 
 from lib_estimate.errors import EmbeddingFileError
 from lib_estimate.files.embedding import (
-    EMBEDDING_SUFFIXES,
-    IMAGE_SUFFIXES,
     MAX_FILE_BYTES,
     PAIR_KEYS,
     RECORD_KEY,
     SINGLE_KEY,
-    TORCH_SUFFIXES,
     Embedding,
     listed,
     plain_vectors,
 )
+from lib_estimate.files.names import EMBEDDING_SUFFIXES, IMAGE_SUFFIXES, TORCH_SUFFIXES
 
 FOREIGN_KEYS = ("name", "step", "sd_checkpoint", "sd_checkpoint_name")
 

@@ -8,16 +8,20 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lib_estimate.errors import EstimateError
+from lib_estimate.files import lists
+from lib_estimate.files.destination import first_name, free_path
 from lib_estimate.interfaces import show
 from lib_estimate.request import MEASURED_BY, EstimateRequest, ModelOptions, Use
 
@@ -66,6 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="embedding-estimate", description="Turns a prompt, with its emphasis, into one word.")
+    parser.add_argument("--version", action="version", version=f"embedding-estimate {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     fit = commands.add_parser("fit", help="estimate an embedding from a prompt")
@@ -130,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--verbose", action="store_true", help="log details and traces")
     return parser
+
+
+def _version() -> str:
+    with suppress(PackageNotFoundError):
+        return version("embedding-estimate")
+    text = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")  # run from a checkout, not installed
+    return re.search(r'(?m)^version = "(.+)"$', text)[1]
 
 
 def _add_fields(parser: argparse.ArgumentParser, source: type, skip: tuple = (), only: tuple | None = None) -> None:
@@ -203,10 +215,13 @@ def _checkpoints(args: argparse.Namespace) -> list[ModelOptions]:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from lib_estimate import job, words
-
     request = _filled(EstimateRequest, args)
-    job.check_destination(replace(request, name=words.first_name(request)))  # before the model is loaded
+    first = replace(request, name=first_name(request))
+    free_path(first.validate())  # torch takes seconds to load
+
+    from lib_estimate import job
+
+    job.check_destination(first)  # before the model is loaded
     outcome = _run(request, _checkpoints(args))
     _output(args, outcome.record, outcome.fidelity, outcome.title)
     _summary(outcome)
@@ -214,10 +229,12 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
+    request, options = _filled(EstimateRequest, args), _checkpoints(args)
+    listed = lists.read(args.file, request)
+
     from lib_estimate.interfaces import many
 
-    request, options = _filled(EstimateRequest, args), _checkpoints(args)
-    return many.run(args.file, request, options, args.table, _Bars, _interrupts)
+    return many.run(args.file, listed, request, options, args.table, _Bars, _interrupts)
 
 
 def _run(
@@ -328,6 +345,9 @@ def _summary(outcome: Any) -> None:
 
 
 def _measure(args: argparse.Namespace) -> int:
+    request = _filled(EstimateRequest, args)
+    request.validate()
+
     from lib_estimate.files import reading
     from lib_estimate.hosts.several import together
     from lib_estimate.hosts.standalone import StandaloneHost
@@ -335,8 +355,6 @@ def _measure(args: argparse.Namespace) -> int:
     from lib_estimate.report.fidelity import Fidelity
     from lib_estimate.report.in_words import result_sentence
 
-    request = _filled(EstimateRequest, args)
-    request.validate()
     embedding = reading.load(args.file)
     host = together([StandaloneHost(each, args.file.parent) for each in _checkpoints(args)])
     with _Bars() as bars:

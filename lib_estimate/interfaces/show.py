@@ -19,35 +19,15 @@ if TYPE_CHECKING:  # torch is slow to load, and `parse` needs none
 def parse(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise EstimateError(f"--steps is {args.steps}: it must be at least 1.")
-    vocabulary, decode = _vocabulary()
+    from lib_estimate.prompt.vocabulary import bundled
+
+    vocabulary, decode = bundled()
     rows = [_parsed(prompt, args.steps, vocabulary) for prompt in args.prompts]
     if args.json:
         sys.stdout.write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     else:
         sys.stdout.write("\n".join(_parse_table(row, decode) for row in rows))
     return 1 if any("error" in row for row in rows) else 0
-
-
-def _vocabulary() -> Any:
-    from transformers import CLIPTokenizer
-
-    from lib_estimate.hosts.checkpoint import BUNDLED_VOCABULARY
-    from lib_estimate.prompt.chunks import Vocabulary
-
-    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED_VOCABULARY, local_files_only=True)
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
-
-    ids = Vocabulary(
-        encode=encode,
-        start=tokenizer.bos_token_id,
-        end=tokenizer.eos_token_id,
-        pad=tokenizer.pad_token_id,
-        comma=encode(",")[0],
-        chunk_length=tokenizer.model_max_length - 2,
-    )
-    return ids, lambda token: tokenizer.decode([token]).strip()
 
 
 def _parsed(prompt: str, steps: int, vocabulary: Any) -> dict[str, Any]:

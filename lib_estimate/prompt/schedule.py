@@ -221,7 +221,7 @@ def _close_all(open_brackets: list[_Bracket]) -> bool:
 
 
 def _flat(nodes: Iterable[Any]) -> _Part:
-    """Nodes in line, neighbouring texts as one. A list of things to do instead of recursion: brackets may nest deeply."""
+    """Nodes in line, neighbouring texts as one. A list of things to do, no recursion: brackets may nest deeply."""
     line: list[Any] = []
     to_do = [*nodes][::-1]
     while to_do:
@@ -232,7 +232,8 @@ def _flat(nodes: Iterable[Any]) -> _Part:
             line.append(node)
     flat: list[Any] = []
     for is_text, same in groupby(line, key=lambda node: isinstance(node, str)):
-        flat.extend(["".join(same)] if is_text else same)
+        group = list(same)
+        flat += ["".join(group)] if is_text else group
     return tuple(flat)
 
 
