@@ -13,8 +13,8 @@ ORDER = (
     "errors", "choices", "request", "progress",
     "prompt", "prompt.attention", "prompt.schedule", "prompt.chunks",
     "prompt.vocabulary",
-    "files", "files.names", "files.destination", "files.embedding", "files.reading", "files.writing",
-    "files.lists",
+    "files", "files.names", "files.destination", "files.embedding", "files.containers", "files.reading",
+    "files.writing", "files.lists",
     "hosts", "hosts.base", "hosts.denoising", "hosts.precision", "hosts.placement", "hosts.layouts",
     "hosts.text_encoder", "hosts.several", "hosts.checkpoint", "hosts.standalone", "hosts.lending", "hosts.webui_text",
     "hosts.webui_networks", "hosts.webui", "hosts.forge",
@@ -46,6 +46,7 @@ WITHOUT_TORCH = (
     "prompt.vocabulary",
     "files.names",
     "files.destination",
+    "files.containers",
     "files.lists",
 )
 ONLY_IN = {
