@@ -183,7 +183,7 @@ def refused_or_valid(path: Path, common: EstimateRequest) -> None:
     try:
         found, _ = lists.read(path, common)
     except EstimateError as error:
-        one_sentence(error, longest=100_000)  # it may quote a value
+        one_sentence(error, longest=1 << 20)  # it may quote a value
         return
     for line in found:
         try:

@@ -14,6 +14,7 @@ from lib_estimate.hosts.base import Conditioning, Network, PromptPart, Session, 
 from lib_estimate.request import HOLE, EstimateRequest
 from lib_estimate.request import Target as Which
 from lib_estimate.target import besides
+from lib_estimate.target.limits import check_finite, check_readable
 
 PartConditionings = list[tuple[PromptPart, dict[str, Conditioning]]]
 
@@ -94,12 +95,19 @@ def _built(request: EstimateRequest, session: Session, sentence: str, beside: st
     texts = [(beside or besides.learnt(request)[0]) if is_negative else request.prompt, request.negative]
     texts[is_negative] = sentence.replace(HOLE, request.text)
     positive, negative = session.read(texts[0], steps), session.read(texts[1], steps, negative=True)
+    if not beside and sentence == HOLE:  # what comes later, too, is refused now
+        for text in (*(besides.own(request) if is_negative else ()), *request.sentence):
+            check_readable(session, session.read(text.replace(HOLE, session.placeholder), steps), "prompt")
+    check_readable(session, positive, "prompt")
+    check_readable(session, negative, "negative prompt")
     frame = _frame(session, sentence, is_negative)
 
     def guided(**how: Any) -> tuple[StepConditioning, ...]:
         return _guidance(_encode(session, positive, **how), _encode(session, negative, negative=True, **how), steps)
 
     guidance = guided(networks=taken_over(request, session))
+    check_finite(session, positive, (each for step in guidance for _, each in step.positive), "prompt")
+    check_finite(session, negative, (step.negative for step in guidance), "negative prompt")
     unweighted = _guidance(
         _encode(session, positive, weighted=is_negative),
         _encode(session, negative, weighted=not is_negative, negative=True),
