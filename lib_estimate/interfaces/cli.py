@@ -17,7 +17,7 @@ from dataclasses import replace
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from lib_estimate.errors import EstimateError
 from lib_estimate.files import lists
@@ -34,7 +34,9 @@ SHORT_FLAGS = {"learning_rate": "--lr", "continue_from": "--continue"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. Anything wrong is one sentence on stderr."""
+    """Runs one command; returns the exit status. Results go to stdout, progress and notes to stderr, where anything
+    wrong is one sentence."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # what others put into files need not be printable here
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -224,7 +226,7 @@ def _fit(args: argparse.Namespace) -> int:
     job.check_destination(first)  # before the model is loaded
     outcome = _run(request, _checkpoints(args))
     _output(args, outcome.record, outcome.fidelity, outcome.title)
-    _summary(outcome)
+    _results(args).write(_summary(outcome))
     return 0
 
 
@@ -282,7 +284,7 @@ def _interrupts(cancel: Any) -> Iterator[None]:
 
 
 class _Bars:
-    """A tqdm bar per phase."""
+    """A tqdm bar per phase; none where stderr is no terminal."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -308,7 +310,7 @@ class _Bars:
             from tqdm import tqdm
 
             self.__exit__()
-            self.bar, self.name = tqdm(total=total, desc=f"{name:<26}", file=sys.stderr), name
+            self.bar, self.name = tqdm(total=total, desc=f"{name:<26}", file=sys.stderr, disable=None), name
         self.bar.update(done - self.bar.n)
         if learning:
             self.bar.set_postfix(loss=f"{progress.loss:.4f}", error=f"{progress.best_error:.4f}", refresh=False)
@@ -333,7 +335,12 @@ def _save_sheet(path: Path, fidelity: Any, prompt: str, name: str) -> None:
     below_each_other(sheets or [sheet(fidelity.pictures, titles)]).save(path)
 
 
-def _summary(outcome: Any) -> None:
+def _results(args: argparse.Namespace) -> TextIO:
+    """Where sentences about the result go: not among the JSON."""
+    return sys.stderr if args.json == "-" else sys.stdout
+
+
+def _summary(outcome: Any) -> str:
     from lib_estimate.job import cost_sentence
     from lib_estimate.report.in_words import result_sentence
 
@@ -341,7 +348,7 @@ def _summary(outcome: Any) -> None:
     said = result_sentence(outcome.fidelity, outcome.title)
     saved = "".join(f"Saved {path}\n" for path in (outcome.path, *outcome.others))
     use = "".join(f"Write in your {side}: {text}\n" for side, text in outcome.written.items())
-    sys.stderr.write(f"{saved}{said}\n{cost}\n{use}")
+    return f"{saved}{said}\n{cost}\n{use}"
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -364,7 +371,7 @@ def _measure(args: argparse.Namespace) -> int:
             else:
                 bars.show(progress)
     _output(args, measurement(args.file, embedding, request, fidelity), fidelity, embedding.name)
-    sys.stderr.write(result_sentence(fidelity, embedding.name) + "\n")
+    _results(args).write(result_sentence(fidelity, embedding.name) + "\n")
     return 0
 
 
@@ -383,9 +390,9 @@ def _demo(args: argparse.Namespace) -> int:
     sheet, plot = args.out / "demo-star.sheet.png", args.out / "demo-star.curve.png"
     _save_sheet(sheet, outcome.fidelity, DEMO_PROMPT, request.name)
     curve(plot, outcome.losses, errors, outcome.fidelity.unweighted_noise)
-    _summary(outcome)
-    sys.stderr.write(
-        f"\n{outcome.path}\n    the embedding: a webui uses it by writing {request.name} in a prompt\n"
+    sys.stdout.write(
+        f"{_summary(outcome)}\n"
+        f"{outcome.path}\n    the embedding: a webui uses it by writing {request.name} in a prompt\n"
         f"{sheet}\n    the same noise under the prompt, the embedding and the prompt without its weights: "
         "the first two columns should look alike, the third differs\n"
         f"{plot}\n    how the error fell while learning; the dashed line is the prompt without its weights\n"

@@ -89,8 +89,13 @@ def inspect(args: argparse.Namespace) -> int:
     if not args.model:
         lines.append("  Which words these are near, only a model knows: give it as --model.")
     lines += [f"  {key}: {value}" for key, value in embedding.metadata.items()]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(map(_printable, lines)) + "\n")
     return 0
+
+
+def _printable(text: str) -> str:
+    """Without what would steer the terminal: the text is anyone's."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _beside_words(embedding: Embedding, model: str) -> dict[str, Look]:
