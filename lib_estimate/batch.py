@@ -20,6 +20,7 @@ from typing import Any
 
 from lib_estimate.errors import EstimateError, RequestError
 from lib_estimate.files import names, reading
+from lib_estimate.files.destination import first_name
 from lib_estimate.files.embedding import Embedding
 from lib_estimate.files.lists import Line
 from lib_estimate.hosts.base import Host, ModelInfo
@@ -27,7 +28,7 @@ from lib_estimate.hosts.several import sessions_of
 from lib_estimate.job import Outcome, Progress, check_destination
 from lib_estimate.progress import Cancel, Interrupted
 from lib_estimate.request import EstimateRequest
-from lib_estimate.words import estimate, first_name
+from lib_estimate.words import estimate
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ import torch
 
 from lib_estimate.errors import EstimateError, ReportFailed
 from lib_estimate.files import names, writing
-from lib_estimate.files.embedding import FORMATS, Embedding, Vectors
+from lib_estimate.files.destination import free_path
+from lib_estimate.files.embedding import Embedding, Vectors
 from lib_estimate.hosts.base import Conditioning, Host, ModelInfo, Session
 from lib_estimate.hosts.several import sessions_of
 from lib_estimate.learn.continued import Continued, continued
@@ -190,22 +191,9 @@ def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
 
 def check_destination(request: EstimateRequest) -> Path:
     """Where the file will be, before the model is known. Refuses bad requests, a file to continue that can't be read,
-    and a name that is taken.
-
-    A name is taken by a file of any format, in the folder or below it. Overwriting replaces that very file.
-    """
+    and a name that is taken."""
     continued(request.validate())
-    folder, name = Path(request.out), names.check_name(request.name)
-    suffix = Format.PT.value if request.format is Format.AUTO else request.format.value
-    path = names.embedding_path(folder / request.subfolder, name, suffix)
-    existing = path if path.exists() else names.find_existing(folder, name)
-    if existing is None:
-        return path
-    if not request.overwrite:
-        raise EstimateError(f"{existing} exists already. Choose another name, or allow overwriting (--overwrite).")
-    if existing.suffix.lower().lstrip(".") not in FORMATS:
-        raise EstimateError(f"{existing} has this name, and can't be overwritten: it is no .pt or .safetensors file.")
-    return existing
+    return free_path(request)
 
 
 def destination(request: EstimateRequest, infos: Sequence[ModelInfo]) -> Path:

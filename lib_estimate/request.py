@@ -76,6 +76,7 @@ HOLE = "{}"  # where the embedding stands in a sentence
 MEASURED_BY = (
     "negative", "target", "seed", "sampling_steps", "cfg_scale", "width", "height", "images", "sentence",
 )  # fmt: skip
+MOST_CHARACTERS = 20_000  # of a text: some 60 chunks of words, ten times what people write
 
 
 def _field(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
@@ -218,6 +219,7 @@ class EstimateRequest:
         """Returns itself, or raises RequestError naming the first field that is wrong and what to do."""
         for item in dataclasses.fields(self):
             _check(item, getattr(self, item.name))
+            _check_text(item, getattr(self, item.name))
         for which, text in (("prompt", self.prompt), ("negative prompt", self.negative)):
             other = Target.NEGATIVE if which == "prompt" else Target.PROMPT
             if self.target is not other and not text.strip():
@@ -295,6 +297,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     return list(value) if isinstance(value, tuple) else value
+
+
+def _check_text(item: dataclasses.Field, value: Any) -> None:
+    """What every text of a request must be, before any parser or file system gets it."""
+    if type(item.default) not in (str, tuple) or item.metadata["low"] is not None:
+        return
+    for text in value if isinstance(value, (tuple, list)) else (value,):
+        if not isinstance(text, str):
+            raise RequestError(f"{item.name} is {text!r}: it must be text.", item.name)
+        if len(text) > MOST_CHARACTERS:
+            raise RequestError(
+                f"{item.name} has {len(text)} characters, and {MOST_CHARACTERS} is the most: no word can stand for so "
+                "much. Leave out what matters least.",
+                item.name,
+            )
+        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise RequestError(
+                f"{item.name} has a character that is no text (a null, or half of one). Type it instead of pasting it.",
+                item.name,
+            )
 
 
 def _check(item: dataclasses.Field, value: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from lib_estimate import job
 from lib_estimate.errors import RequestError
 from lib_estimate.files import writing
+from lib_estimate.files.destination import first_name
 from lib_estimate.files.embedding import Embedding, Vectors
 from lib_estimate.hosts.base import Host, Network, Session
 from lib_estimate.hosts.several import each_of
@@ -53,11 +54,6 @@ class Learnt:
 
     start: Vectors
     run: Run
-
-
-def first_name(request: EstimateRequest) -> str:
-    """The name of the first embedding that a request makes, as far as that is known before the prompt is read."""
-    return f"{request.name.strip()}-1" if request.stages else request.name
 
 
 def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None) -> Iterator[job.Progress]:

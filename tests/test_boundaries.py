@@ -12,14 +12,15 @@ PACKAGE = Path(__file__).parents[1] / "lib_estimate"
 ORDER = (
     "errors", "choices", "request", "progress",
     "prompt", "prompt.attention", "prompt.schedule", "prompt.chunks",
-    "files", "files.embedding", "files.names", "files.reading", "files.writing",
-    "files.lists",
+    "prompt.vocabulary",
+    "files", "files.names", "files.destination", "files.embedding", "files.containers", "files.reading",
+    "files.writing", "files.lists",
     "hosts", "hosts.base", "hosts.denoising", "hosts.precision", "hosts.placement", "hosts.layouts",
     "hosts.text_encoder", "hosts.several", "hosts.checkpoint", "hosts.standalone", "hosts.lending", "hosts.webui_text",
     "hosts.webui_networks", "hosts.webui", "hosts.forge",
     "hosts.family", "hosts.webui_session", "hosts.webui_checkpoints", "hosts.webui_shell",
-    "target", "target.sentences", "target.besides", "target.texts", "target.target", "target.together", "target.bank",
-    "target.error", "target.queries", "target.recording", "target.extra_networks",
+    "target", "target.sentences", "target.besides", "target.texts", "target.limits", "target.target",
+    "target.together", "target.bank", "target.error", "target.queries", "target.recording", "target.extra_networks",
     "report", "report.fidelity", "report.in_words", "report.checkpoints", "report.court_of_words",
     "report.against_start", "report.inside", "report.plots",
     "learn", "learn.continued", "learn.initial", "learn.registry", "learn.plan", "learn.objectives",
@@ -35,7 +36,20 @@ ORDER = (
     "__main__",
 )  # fmt: skip
 FOLDERS = ("prompt", "files", "hosts", "target", "report", "learn", "interfaces")
-WITHOUT_TORCH = ("errors", "choices", "request", "progress", "prompt.attention", "prompt.schedule", "prompt.chunks")
+WITHOUT_TORCH = (
+    "errors",
+    "choices",
+    "request",
+    "progress",
+    "prompt.attention",
+    "prompt.schedule",
+    "prompt.chunks",
+    "prompt.vocabulary",
+    "files.names",
+    "files.destination",
+    "files.containers",
+    "files.lists",
+)
 ONLY_IN = {
     "modules": (
         "hosts.webui_text",
@@ -49,6 +63,7 @@ ONLY_IN = {
     ),
     "backend": ("hosts.forge",),
     "ldm_patched": ("hosts.webui",),
+    "tokenizers": ("prompt.vocabulary",),
     "diffusers": ("hosts.checkpoint", "hosts.standalone"),
     "gradio": (
         "hosts.webui_shell",

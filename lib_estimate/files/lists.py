@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from lib_estimate.request import HOLE, EstimateRequest, Target, Use, field_value
 
 STYLE_HOLE = "{prompt}"
 NEGATIVE_ENDING = "-neg"
+MAX_LIST_BYTES = 16 << 20
 NO_HOLE = (
     f"{STYLE_HOLE} is left out of styles that have it: the word is what the style adds. Write it beside your prompt."
 )
@@ -55,6 +57,9 @@ Listed = tuple[list[Line], list[str]]  # the lines, and notes on them
 def read(path: Path, common: EstimateRequest) -> Listed:
     """The requests of a file, told by its ending. What it doesn't say is taken from `common`."""
     try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_LIST_BYTES:
+            raise RequestError(f"{path} is no list of prompts: it is no file, or has over {MAX_LIST_BYTES >> 20} MB.")
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise RequestError(f"{path} can't be read: {error.strerror or error}. Check the path.") from error
@@ -164,13 +169,14 @@ def _text_lines(text: str, common: EstimateRequest) -> Iterator[Line]:
         name, tab, prompt = row.partition("\t")
         if not tab:
             raise RequestError(f"line {number} has no tab: write the name, a tab, and the prompt.")
-        yield Line(f"line {number}", replace(common, name=name.strip(), **{common.target.value: prompt.strip()}))
+        side = "negative" if common.target is Target.NEGATIVE else "prompt"
+        yield Line(f"line {number}", replace(common, name=name.strip(), **{side: prompt.strip()}))
 
 
 def _json_requests(text: str, path: Path, common: EstimateRequest) -> Iterator[Line]:
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path} is no JSON: {error}.") from error
     if not isinstance(entries, list):
         raise RequestError(f"{path} must be a list of requests: [{{...}}, {{...}}].")

@@ -9,11 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lib_estimate.errors import EmbeddingFileError
-from lib_estimate.files.embedding import EMBEDDING_SUFFIXES, FORMATS, IMAGE_SUFFIXES
+
+FORMATS = ("pt", "safetensors")
+TORCH_SUFFIXES = (".pt", ".bin")
+IMAGE_SUFFIXES = (".png", ".webp", ".jxl", ".avif")
+EMBEDDING_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", *IMAGE_SUFFIXES)
 
 MAX_NAME_BYTES = 128  # with ".safetensors" or ".preview.png" still below the 143 of an encrypted Linux home
 
 LEFT_FOR_ENDINGS = 8  # such as -neg, which is put behind a cleaned name
+
+EDGES = "".join(filter(str.isspace, map(chr, range(0x3001)))) + ".-"  # nothing of it at a cleaned name's ends
 
 FORBIDDEN_BY_FILES = '<>:"/\\|?*'
 FORBIDDEN_BY_PROMPTS = ",()[]#"  # `:`, `<`, `|` and the backslash are refused by file systems already
@@ -70,17 +76,17 @@ def _prompt_problem(name: str) -> str | None:
 
 def cleaned(name: str) -> str:
     """The nearest name that can be used; "" where nothing is left of it."""
-    name = unicodedata.normalize("NFC", name)
+    name = unicodedata.normalize("NFC", name[: 4 * MAX_NAME_BYTES])  # nothing behind that would be left anyway
     bad = set(FORBIDDEN_BY_FILES + FORBIDDEN_BY_PROMPTS)
     plain = "".join("/" if c in bad or unicodedata.category(c) in INVISIBLE else c for c in name)
     plain = re.sub(r"\s*/[\s/]*", "-", plain)  # whatever stood between two words
-    plain = PROMPT_WORDS.sub(lambda word: word[0].lower(), plain).strip(" .-")
+    plain = PROMPT_WORDS.sub(lambda word: word[0].lower(), plain).strip(EDGES)
     stem, dot, ending = plain.rpartition(".")
     if f".{ending.lower()}" in (*EMBEDDING_SUFFIXES, ".preview") and dot:
         plain = f"{stem}-{ending}"
     if DEVICE_NAME.fullmatch(plain):
         plain = f"style-{plain}"
-    return plain.encode()[: MAX_NAME_BYTES - LEFT_FOR_ENDINGS].decode(errors="ignore").strip(" .-")
+    return plain.encode()[: MAX_NAME_BYTES - LEFT_FOR_ENDINGS].decode(errors="ignore").strip(EDGES)
 
 
 def shadowed_word(name: str, encode: Callable[[str], list[int]], common_below: int = 48_000) -> str | None:

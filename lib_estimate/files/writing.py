@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 
 from lib_estimate.errors import EmbeddingFileError
-from lib_estimate.files.embedding import FORMATS, RECORD_KEY, Embedding, plain_vectors
-from lib_estimate.files.names import check_name
+from lib_estimate.files.embedding import RECORD_KEY, Embedding, plain_vectors
+from lib_estimate.files.names import FORMATS, check_name
 from lib_estimate.files.reading import read_as
 
 

@@ -26,10 +26,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lib_estimate.errors import ModelError
 from lib_estimate.hosts.layouts import LAYOUTS
 from lib_estimate.hosts.text_encoder import TextEncoder
+from lib_estimate.prompt import vocabulary
 
 log = logging.getLogger(__name__)
 
-BUNDLED_VOCABULARY = Path(__file__).parents[2] / "tests" / "shapes_sd" / "tokenizer"
 LDM_TEXT = "cond_stage_model.transformer."
 LDM_UNET = "model.diffusion_model."
 LDM_VAE = "first_stage_model."
@@ -290,7 +290,7 @@ def _text_folder(path: Path, layout: dict[str, Any]) -> Path:
     """The folder with the vocabulary (and perhaps the text encoder's config.json) of a single file."""
     named = ((layout.get("cond_stage_config") or {}).get("params") or {}).get("version")
     candidates = [path.parent / named] if named else []
-    candidates += [path.with_suffix(""), path.parent / "tokenizer", path.parent, BUNDLED_VOCABULARY]
+    candidates += [path.with_suffix(""), path.parent / "tokenizer", path.parent, vocabulary.BUNDLED]
     for folder in candidates:
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             return folder

@@ -28,6 +28,7 @@ from lib_estimate.hosts.base import (
     Words,
     foreign_embedding,
 )
+from lib_estimate.prompt.attention import shortened
 
 MOST_BATCHES = 64
 
@@ -77,8 +78,8 @@ class WebuiText:
                 weights = [weight for _, weight in parts]
                 texts = [texts[index] for index, _ in parts]
             schedules = prompt_parser.get_learned_conditioning_prompt_schedules(texts, steps)
-        except ValueError as error:
-            raise PromptSyntaxError(f"The webui can't read the prompt {prompt!r}: {error}.") from error
+        except (ValueError, RecursionError) as error:  # of brackets that nest deeply
+            raise _unreadable(prompt, error) from error
         rows = (tuple((int(until), text) for until, text in schedule) for schedule in schedules)
         return [PromptPart(float(w), row) for w, row in zip(weights, rows, strict=True)]
 
@@ -187,8 +188,8 @@ class WebuiText:
             engine.register(self._placed, PLACEHOLDER)
         try:
             chunks, _ = engine.encoder.tokenize_line(text)
-        except ValueError as error:  # such as (a:1.5.2)
-            raise PromptSyntaxError(f"The webui can't read the prompt {text!r}: {error}.") from error
+        except (ValueError, RecursionError) as error:  # such as (a:1.5.2)
+            raise _unreadable(text, error) from error
         finally:
             if count:
                 engine.register(None, PLACEHOLDER)
@@ -247,6 +248,10 @@ class WebuiText:
         if tokenizer is None:
             from modules.sd_hijack_open_clip import tokenizer
         return tokenizer.decode([token]).strip().removesuffix("</w>")
+
+
+def _unreadable(prompt: str, error: Exception) -> PromptSyntaxError:
+    return PromptSyntaxError(f"The webui can't read the prompt {shortened(prompt)!r}: {error}.")
 
 
 def _of(embedding: Any, key: str) -> Tensor:

@@ -11,11 +11,12 @@ from enum import Enum
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lib_estimate import job, words
+from lib_estimate import job
 from lib_estimate.choices import OPTIMIZERS
 from lib_estimate.errors import EmbeddingFileError, EstimateError, RequestError
 from lib_estimate.files import names
-from lib_estimate.files.embedding import EMBEDDING_SUFFIXES
+from lib_estimate.files.destination import first_name
+from lib_estimate.files.names import EMBEDDING_SUFFIXES
 from lib_estimate.learn.registry import missing_package, parse_learning_rate
 from lib_estimate.request import MEASURED_BY, EstimateRequest, field_value
 
@@ -69,7 +70,7 @@ def estimate_request(given: Mapping[str, Any], folder: Path, start: Mapping[str,
         names.check_name(request.name)
     except EmbeddingFileError as error:
         raise RequestError(str(error), "name") from error
-    first = replace(request, name=words.first_name(request))
+    first = replace(request, name=first_name(request))
     if not _is_inside(folder / request.subfolder, folder):
         raise RequestError("subfolder leads out of the embeddings folder.", "subfolder")
     taken = names.find_existing(folder, first.name)

@@ -8,16 +8,20 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from lib_estimate.errors import EstimateError
+from lib_estimate.files import lists
+from lib_estimate.files.destination import first_name, free_path
 from lib_estimate.interfaces import show
 from lib_estimate.request import MEASURED_BY, EstimateRequest, ModelOptions, Use
 
@@ -30,7 +34,9 @@ SHORT_FLAGS = {"learning_rate": "--lr", "continue_from": "--continue"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. Anything wrong is one sentence on stderr."""
+    """Runs one command; returns the exit status. Results go to stdout, progress and notes to stderr, where anything
+    wrong is one sentence."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # what others put into files need not be printable here
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -66,6 +72,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="embedding-estimate", description="Turns a prompt, with its emphasis, into one word.")
+    parser.add_argument("--version", action="version", version=f"embedding-estimate {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     fit = commands.add_parser("fit", help="estimate an embedding from a prompt")
@@ -130,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--verbose", action="store_true", help="log details and traces")
     return parser
+
+
+def _version() -> str:
+    with suppress(PackageNotFoundError):
+        return version("embedding-estimate")
+    text = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")  # run from a checkout, not installed
+    return re.search(r'(?m)^version = "(.+)"$', text)[1]
 
 
 def _add_fields(parser: argparse.ArgumentParser, source: type, skip: tuple = (), only: tuple | None = None) -> None:
@@ -203,21 +217,26 @@ def _checkpoints(args: argparse.Namespace) -> list[ModelOptions]:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from lib_estimate import job, words
-
     request = _filled(EstimateRequest, args)
-    job.check_destination(replace(request, name=words.first_name(request)))  # before the model is loaded
+    first = replace(request, name=first_name(request))
+    free_path(first.validate())  # torch takes seconds to load
+
+    from lib_estimate import job
+
+    job.check_destination(first)  # before the model is loaded
     outcome = _run(request, _checkpoints(args))
     _output(args, outcome.record, outcome.fidelity, outcome.title)
-    _summary(outcome)
+    _results(args).write(_summary(outcome))
     return 0
 
 
 def _batch(args: argparse.Namespace) -> int:
+    request, options = _filled(EstimateRequest, args), _checkpoints(args)
+    listed = lists.read(args.file, request)
+
     from lib_estimate.interfaces import many
 
-    request, options = _filled(EstimateRequest, args), _checkpoints(args)
-    return many.run(args.file, request, options, args.table, _Bars, _interrupts)
+    return many.run(args.file, listed, request, options, args.table, _Bars, _interrupts)
 
 
 def _run(
@@ -265,7 +284,7 @@ def _interrupts(cancel: Any) -> Iterator[None]:
 
 
 class _Bars:
-    """A tqdm bar per phase."""
+    """A tqdm bar per phase; none where stderr is no terminal."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -291,7 +310,7 @@ class _Bars:
             from tqdm import tqdm
 
             self.__exit__()
-            self.bar, self.name = tqdm(total=total, desc=f"{name:<26}", file=sys.stderr), name
+            self.bar, self.name = tqdm(total=total, desc=f"{name:<26}", file=sys.stderr, disable=None), name
         self.bar.update(done - self.bar.n)
         if learning:
             self.bar.set_postfix(loss=f"{progress.loss:.4f}", error=f"{progress.best_error:.4f}", refresh=False)
@@ -316,7 +335,12 @@ def _save_sheet(path: Path, fidelity: Any, prompt: str, name: str) -> None:
     below_each_other(sheets or [sheet(fidelity.pictures, titles)]).save(path)
 
 
-def _summary(outcome: Any) -> None:
+def _results(args: argparse.Namespace) -> TextIO:
+    """Where sentences about the result go: not among the JSON."""
+    return sys.stderr if args.json == "-" else sys.stdout
+
+
+def _summary(outcome: Any) -> str:
     from lib_estimate.job import cost_sentence
     from lib_estimate.report.in_words import result_sentence
 
@@ -324,10 +348,13 @@ def _summary(outcome: Any) -> None:
     said = result_sentence(outcome.fidelity, outcome.title)
     saved = "".join(f"Saved {path}\n" for path in (outcome.path, *outcome.others))
     use = "".join(f"Write in your {side}: {text}\n" for side, text in outcome.written.items())
-    sys.stderr.write(f"{saved}{said}\n{cost}\n{use}")
+    return f"{saved}{said}\n{cost}\n{use}"
 
 
 def _measure(args: argparse.Namespace) -> int:
+    request = _filled(EstimateRequest, args)
+    request.validate()
+
     from lib_estimate.files import reading
     from lib_estimate.hosts.several import together
     from lib_estimate.hosts.standalone import StandaloneHost
@@ -335,8 +362,6 @@ def _measure(args: argparse.Namespace) -> int:
     from lib_estimate.report.fidelity import Fidelity
     from lib_estimate.report.in_words import result_sentence
 
-    request = _filled(EstimateRequest, args)
-    request.validate()
     embedding = reading.load(args.file)
     host = together([StandaloneHost(each, args.file.parent) for each in _checkpoints(args)])
     with _Bars() as bars:
@@ -346,7 +371,7 @@ def _measure(args: argparse.Namespace) -> int:
             else:
                 bars.show(progress)
     _output(args, measurement(args.file, embedding, request, fidelity), fidelity, embedding.name)
-    sys.stderr.write(result_sentence(fidelity, embedding.name) + "\n")
+    _results(args).write(result_sentence(fidelity, embedding.name) + "\n")
     return 0
 
 
@@ -365,9 +390,9 @@ def _demo(args: argparse.Namespace) -> int:
     sheet, plot = args.out / "demo-star.sheet.png", args.out / "demo-star.curve.png"
     _save_sheet(sheet, outcome.fidelity, DEMO_PROMPT, request.name)
     curve(plot, outcome.losses, errors, outcome.fidelity.unweighted_noise)
-    _summary(outcome)
-    sys.stderr.write(
-        f"\n{outcome.path}\n    the embedding: a webui uses it by writing {request.name} in a prompt\n"
+    sys.stdout.write(
+        f"{_summary(outcome)}\n"
+        f"{outcome.path}\n    the embedding: a webui uses it by writing {request.name} in a prompt\n"
         f"{sheet}\n    the same noise under the prompt, the embedding and the prompt without its weights: "
         "the first two columns should look alike, the third differs\n"
         f"{plot}\n    how the error fell while learning; the dashed line is the prompt without its weights\n"

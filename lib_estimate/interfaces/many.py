@@ -22,16 +22,17 @@ STOPPED_BY_USER = 130  # exit status, as shells have it
 
 def run(
     file: Path,
+    listed: lists.Listed,
     common: EstimateRequest,
     options: Sequence[ModelOptions],
     table_file: Path | None,
     bars: Callable[[], Any],
     interrupts: Callable[[Cancel], AbstractContextManager[None]],
 ) -> int:
-    """Makes every line of the file; returns the exit status. `bars()` shows progress, `interrupts(cancel)` hears
-    Ctrl-C. options: of each checkpoint."""
+    """Makes every line that was listed in the file; returns the exit status. `bars()` shows progress,
+    `interrupts(cancel)` hears Ctrl-C. options: of each checkpoint."""
     share = Share.of(os.environ)
-    lines, notes = lists.read(file, common)
+    lines, notes = listed
     batch = Batch(lines, share)
     beside = _beside(file, common, table_file)
     ledger = Ledger(beside, batch) if share.count > 1 else None

@@ -19,35 +19,15 @@ if TYPE_CHECKING:  # torch is slow to load, and `parse` needs none
 def parse(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise EstimateError(f"--steps is {args.steps}: it must be at least 1.")
-    vocabulary, decode = _vocabulary()
+    from lib_estimate.prompt.vocabulary import bundled
+
+    vocabulary, decode = bundled()
     rows = [_parsed(prompt, args.steps, vocabulary) for prompt in args.prompts]
     if args.json:
         sys.stdout.write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     else:
         sys.stdout.write("\n".join(_parse_table(row, decode) for row in rows))
     return 1 if any("error" in row for row in rows) else 0
-
-
-def _vocabulary() -> Any:
-    from transformers import CLIPTokenizer
-
-    from lib_estimate.hosts.checkpoint import BUNDLED_VOCABULARY
-    from lib_estimate.prompt.chunks import Vocabulary
-
-    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED_VOCABULARY, local_files_only=True)
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
-
-    ids = Vocabulary(
-        encode=encode,
-        start=tokenizer.bos_token_id,
-        end=tokenizer.eos_token_id,
-        pad=tokenizer.pad_token_id,
-        comma=encode(",")[0],
-        chunk_length=tokenizer.model_max_length - 2,
-    )
-    return ids, lambda token: tokenizer.decode([token]).strip()
 
 
 def _parsed(prompt: str, steps: int, vocabulary: Any) -> dict[str, Any]:
@@ -109,8 +89,13 @@ def inspect(args: argparse.Namespace) -> int:
     if not args.model:
         lines.append("  Which words these are near, only a model knows: give it as --model.")
     lines += [f"  {key}: {value}" for key, value in embedding.metadata.items()]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(map(_printable, lines)) + "\n")
     return 0
+
+
+def _printable(text: str) -> str:
+    """Without what would steer the terminal: the text is anyone's."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _beside_words(embedding: Embedding, model: str) -> dict[str, Look]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lib_estimate.errors import EmbeddingFileError, EstimateError
 from lib_estimate.files import names, reading
-from lib_estimate.files.embedding import EMBEDDING_SUFFIXES, Embedding, Vectors
+from lib_estimate.files.embedding import Embedding, Vectors
 from lib_estimate.hosts.base import ModelInfo
 from lib_estimate.request import EstimateRequest
 
@@ -48,7 +48,7 @@ def continued(request: EstimateRequest) -> Continued | None:
 def find_embedding(given: str, folder: Path) -> Path:
     """The file that is meant by a path, by a path inside of the folder, or by a name there."""
     paths = [path for path in (os.path.expanduser(given), folder / given) if os.path.isfile(path)]
-    named = [path for path in paths if Path(path).suffix.lower() in EMBEDDING_SUFFIXES]
+    named = [path for path in paths if Path(path).suffix.lower() in names.EMBEDDING_SUFFIXES]
     # A file without such an ending may lie where the program was started, and is not what a name means.
     found = next(iter(named), None) or names.find_readable(folder, given) or next(iter(paths), None)
     if found is None:

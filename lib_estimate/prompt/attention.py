@@ -2,10 +2,14 @@ r"""Emphasis: `(word:1.3)`, `[word]`, BREAK, and the weights put onto what the t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from lib_estimate.errors import PromptSyntaxError
 
@@ -18,6 +22,10 @@ EMPHASIS_MODES = ("None", "Ignore", "Original", "No norm")
 ROUND_FACTOR = 1.1
 SQUARE_FACTOR = 1 / 1.1
 BREAK_WEIGHT = -1.0
+
+_TEXT = re.compile(r"[^\\()\[\]:]+")
+_WEIGHT = re.compile(r":\s*([+-]?[.\d]+)\s*\)")
+"""What the host takes for a weight: a sign, then digits and points in any order, such as 1.5.2."""
 
 Array = TypeVar("Array", bound=Any)
 """A torch tensor, or anything else with its arithmetic."""
@@ -32,14 +40,6 @@ class _Symbol(NamedTuple):
     weight: str | None = None
 
 
-@dataclass
-class _Weighted:
-    """Text with a weight that still changes while brackets around it are closed."""
-
-    text: str
-    weight: float
-
-
 def parse_attention(prompt: str) -> list[tuple[str, float]]:
     r"""Splits a prompt into (text, weight).
 
@@ -48,31 +48,37 @@ def parse_attention(prompt: str) -> list[tuple[str, float]]:
     The word BREAK comes as `("BREAK", -1.0)`, where emphasis around it multiplies the -1 as well, as in the host:
     then it is text, not a break. Neighbours of the same weight are merged. There is always at least one pair.
 
-    Raises PromptSyntaxError for `(x:1.5.2)`, which the host does not take either.
+    Raises PromptSyntaxError for `(x:1.5.2)`, which the host does not take either, and for a weight beyond all numbers.
     """
-    pieces: list[_Weighted] = []
+    texts: list[str] = []
+    starts: list[float] = []  # the weight of each text before that of the brackets
+    spans: list[tuple[int, int, float]] = []  # from one text up to another, and the weight of the brackets around
     open_round: list[int] = []
     open_square: list[int] = []
+
+    def add(text: str, weight: float = 1.0) -> None:
+        texts.append(text)
+        starts.append(weight)
+
     for symbol in _attention_symbols(prompt):
         if symbol.escaped:
-            pieces.append(_Weighted(symbol.text, 1.0))
+            add(symbol.text)
         elif symbol.text == "(":
-            open_round.append(len(pieces))
+            open_round.append(len(texts))
         elif symbol.text == "[":
-            open_square.append(len(pieces))
+            open_square.append(len(texts))
         elif symbol.weight is not None and open_round:
-            _multiply(pieces, open_round.pop(), _written_weight(symbol))
+            spans.append((open_round.pop(), len(texts), _written_weight(symbol)))
         elif symbol.text == ")" and open_round:
-            _multiply(pieces, open_round.pop(), ROUND_FACTOR)
+            spans.append((open_round.pop(), len(texts), ROUND_FACTOR))
         elif symbol.text == "]" and open_square:
-            _multiply(pieces, open_square.pop(), SQUARE_FACTOR)
+            spans.append((open_square.pop(), len(texts), SQUARE_FACTOR))
         else:
-            pieces.extend(_split_breaks(symbol.text))
-    for start in open_round:
-        _multiply(pieces, start, ROUND_FACTOR)
-    for start in open_square:
-        _multiply(pieces, start, SQUARE_FACTOR)
-    return _merged(pieces) or [("", 1.0)]
+            for piece in _split_breaks(symbol.text):
+                add(*piece)
+    spans += [(start, len(texts), ROUND_FACTOR) for start in open_round]
+    spans += [(start, len(texts), SQUARE_FACTOR) for start in open_square]
+    return _merged(texts, _multiplied(starts, spans)) or [("", 1.0)]
 
 
 def _attention_symbols(prompt: str) -> Iterator[_Symbol]:
@@ -95,60 +101,63 @@ def _symbol_at(prompt: str, position: int) -> tuple[_Symbol, int]:
     if character in "()[]":
         return _Symbol(character, position), position + 1
     if character == ":":
-        end = prompt.find(")", position)
-        weight = prompt[position + 1 : max(end, 0)].strip()
-        if _looks_like_weight(weight):
-            return _Symbol(prompt[position : end + 1], position, weight=weight), end + 1
+        weight = _WEIGHT.match(prompt, position)
+        if weight is not None:
+            return _Symbol(weight[0], position, weight=weight[1]), weight.end()
         return _Symbol(character, position), position + 1
-    end = position
-    while end < len(prompt) and prompt[end] not in "\\()[]:":
-        end += 1
-    return _Symbol(prompt[position:end], position), end
-
-
-def _looks_like_weight(text: str) -> bool:
-    """Whether the host takes this for a weight: a sign, then digits and points in any order, such as 1.5.2."""
-    digits = text[1:] if text.startswith(("+", "-")) else text
-    return bool(digits) and all(character == "." or character.isdecimal() for character in digits)
+    text = _TEXT.match(prompt, position)[0]
+    return _Symbol(text, position), position + len(text)
 
 
 def _written_weight(symbol: _Symbol) -> float:
     """The number in `: number )`."""
     try:
-        return float(symbol.weight or "")
+        weight = float(symbol.weight or "")
     except ValueError:
-        raise PromptSyntaxError(
-            f'The weight "{symbol.weight}" at character {symbol.position + 1} of the prompt is not a number. '
-            f"Write one with at most one point, such as (word:1.3), or put a backslash before both brackets if they "
-            f"are meant as text."
-        ) from None
+        weight = math.nan
+    if math.isfinite(weight):
+        return weight
+    raise PromptSyntaxError(
+        f'The weight "{shortened(symbol.weight or "")}" at character {symbol.position + 1} of the prompt is not a '
+        f"number, or is beyond all numbers. Write one with at most one point, such as (word:1.3), or put a backslash "
+        f"before both brackets if they are meant as text."
+    )
 
 
-def _split_breaks(text: str) -> Iterator[_Weighted]:
+def _split_breaks(text: str) -> Iterator[tuple[str, float]]:
     """Text with every word BREAK in it as a piece of its own; the space around the word goes."""
     words = re.split(r"(?<!\w)BREAK(?!\w)", text)
     for number, word in enumerate(words):
         if number > 0:
-            yield _Weighted(BREAK, BREAK_WEIGHT)
+            yield BREAK, BREAK_WEIGHT
             word = word.lstrip()
-        yield _Weighted(word.rstrip() if number + 1 < len(words) else word, 1.0)
+        yield word.rstrip() if number + 1 < len(words) else word, 1.0
 
 
-def _multiply(pieces: list[_Weighted], start: int, factor: float) -> None:
-    """Multiplies the weights of all pieces from `start` on."""
-    for piece in pieces[start:]:
-        piece.weight *= factor
+def _multiplied(starts: list[float], spans: list[tuple[int, int, float]]) -> list[float]:
+    """The weights with those of all brackets around, in the order in which the host multiplies: it decides about
+    rounding. In numpy, as brackets that nest 10,000 times are multiplied 10,000 times each."""
+    weights = np.array(starts, np.float64)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        for start, end, factor in spans:
+            weights[start:end] *= factor
+    if not np.isfinite(weights).all():
+        raise PromptSyntaxError(
+            "The brackets of the prompt multiply to a weight that is beyond all numbers. Leave some of them out, or "
+            "put a backslash before those that are meant as text."
+        )
+    return weights.tolist()
 
 
-def _merged(pieces: list[_Weighted]) -> list[tuple[str, float]]:
+def _merged(texts: list[str], weights: list[float]) -> list[tuple[str, float]]:
     """Joins neighbours of the same weight."""
-    merged: list[tuple[str, float]] = []
-    for piece in pieces:
-        if merged and merged[-1][1] == piece.weight:
-            merged[-1] = (merged[-1][0] + piece.text, merged[-1][1])
-        else:
-            merged.append((piece.text, piece.weight))
-    return merged
+    pairs = zip(texts, weights, strict=True)
+    return [("".join(text for text, _ in same), weight) for weight, same in groupby(pairs, key=itemgetter(1))]
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """Text as a sentence can quote it."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def apply_emphasis(z: Array, weights: Array, mode: str) -> Array:

@@ -75,8 +75,11 @@ def chunks(
     gets them, after its end token, while the next one has token 0 in their stead), and an end token written out in
     the prompt has everything behind it padded over where `pad` differs from `end`.
 
-    Raises PromptSyntaxError for an embedding with more vectors than a chunk holds; the host's encoder fails on it.
+    Raises PromptSyntaxError for an embedding with more vectors than a chunk holds; the host's encoder fails on it. And
+    for half of a character, as pasting sometimes leaves it, which no tokenizer takes.
     """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise PromptSyntaxError("The prompt has half of a character in it. Type that place instead of pasting it.")
     builder = _ChunkBuilder(vocabulary, comma_padding_backtrack)
     for text, weight in parse_attention(prompt) if emphasis else [(prompt, 1.0)]:
         if text == BREAK and weight == BREAK_WEIGHT:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
-import lark
-
 from lib_estimate.errors import PromptSyntaxError
+from lib_estimate.prompt.attention import shortened
+
+_TAG = re.compile(r"<\w+:[^>]+>")
 
 
 def extra_network_tags(prompt: str) -> tuple[str, list[str]]:
@@ -19,19 +21,9 @@ def extra_network_tags(prompt: str) -> tuple[str, list[str]]:
     Returns the prompt without them, and the tags, brackets included, in the order they stood. The host does this
     to the prompt only: in a negative prompt a tag stays and is read as text.
     """
-    kept: list[str] = []
-    tags: list[str] = []
-    position = 0
-    while position < len(prompt):
-        end = prompt.find(">", position) if prompt[position] == "<" else -1
-        kind, _, arguments = prompt[position + 1 : max(end, 0)].partition(":")
-        if arguments and re.fullmatch(r"\w+", kind):
-            tags.append(prompt[position : end + 1])
-            position = end + 1
-        else:
-            kept.append(prompt[position])
-            position += 1
-    return "".join(kept), tags
+    behind = prompt.rfind(">") + 1  # where no tag can begin, none is looked for: each look would go to the end
+    text = _TAG.sub("", prompt[:behind]) + prompt[behind:]
+    return text, [tag[0] for tag in _TAG.finditer(prompt, 0, behind)]
 
 
 def split_and(prompt: str) -> list[tuple[str, float]]:
@@ -39,6 +31,8 @@ def split_and(prompt: str) -> list[tuple[str, float]]:
 
     A part may end in `:number`; without it the weight is 1. Space at the start of a part is kept, space at its end
     and around the colon is not, as in the host. `AND` counts everywhere, inside brackets as well.
+
+    Raises PromptSyntaxError for a weight beyond all numbers.
     """
     return [_text_and_weight(part) for part in re.split(r"(?<!\w)AND(?!\w)", prompt)]
 
@@ -48,27 +42,21 @@ def _text_and_weight(part: str) -> tuple[str, float]:
     text, colon, number = part.rpartition(":")
     number = number.strip()
     # "1.", ".5" and "+2" are numbers here, "1e3" and a lone "." are not.
-    if colon and re.fullmatch(r"[+-]?(?=\.?\d)\d*\.?\d*", number):
-        return text.rstrip(), float(number)
-    return part.rstrip(), 1.0
+    if not colon or not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)", number):
+        return part.rstrip(), 1.0
+    if not math.isfinite(weight := float(number)):
+        raise PromptSyntaxError(
+            f'The weight "{shortened(number)}" of a part of the prompt, before an AND or at its end, is beyond all '
+            f"numbers. Write a smaller one, such as :0.6."
+        )
+    return text.rstrip(), weight
 
 
-_SPAN_GRAMMAR = r"""
-span: "(" part ")"                   -> round
-    | "(" part ":" part ")"          -> round_pair
-    | "[" part "]"                   -> square
-    | "[" part WHEN                  -> appears
-    | "[" part ":" part WHEN         -> changes
-    | "[" part ("|" part)+ "]"       -> alternates
-part: (WORDS | ESCAPED | span)*
+_WHEN = re.compile(r":\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*\]")
+"""What ends a span that changes at a step: `:0.5]`."""
 
-WHEN.1: /:\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*\]/
-WORDS: /[^()\[\]:|\\]+/
-ESCAPED: /\\[^\n]/
-"""
-"""One bracketed span, from its opening bracket to the closing one. `WHEN` takes the colon and the closing bracket
-along, so that one token ahead is enough to know `[a:5]` from `[a:5:0.3]`: the grammar is LALR(1), without a choice
-to make. (The host's own grammar is ambiguous, see `prompt_schedule`.)"""
+_SYMBOLS = re.compile(r"\\.|[()\[\]:|]|[^()\[\]:|\\]+")
+"""An escape, a bracket or separator, or a run of text."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ class _Change:
             value *= steps
         if value in (float("inf"), float("-inf")):
             raise PromptSyntaxError(
-                f"The prompt says to change a part of it at step {self.when}, which is too large for a "
+                f"The prompt says to change a part of it at step {shortened(self.when)}, which is too large for a "
                 f"number. Write a whole step, such as 10, or a fraction of all steps, such as 0.5."
             )
         return min(steps, int(value))
@@ -94,11 +82,6 @@ class _Change:
     def at(self, step: int, steps: int) -> _Part:
         """The part that is shown at `step`, counted from 1."""
         return self.before if step <= self.switch_step(steps) else self.after
-
-    def boundaries(self, steps: int) -> Iterator[int]:
-        """The steps after which the text can change because of this node."""
-        if self.switch_step(steps) >= 1:
-            yield self.switch_step(steps)
 
     def branches(self) -> tuple[_Part, ...]:
         """Every part that is shown at some time."""
@@ -115,10 +98,6 @@ class _Alternation:
         """The choice that is shown at `step`, counted from 1."""
         return self.choices[(step - 1) % len(self.choices)]
 
-    def boundaries(self, steps: int) -> Iterator[int]:
-        """Every step, even where two neighbouring choices are the same text."""
-        yield from range(1, steps + 1)
-
     def branches(self) -> tuple[_Part, ...]:
         """Every part that is shown at some time."""
         return self.choices
@@ -127,37 +106,40 @@ class _Alternation:
 _Part = tuple["str | _Change | _Alternation", ...]
 
 
-@lark.v_args(inline=True)
-class _SpanBuilder(lark.Transformer):
-    """Turns what the grammar found into parts, while it is being parsed. Emphasis stays text, `chunks` reads it."""
+@dataclass
+class _Bracket:
+    """A bracket that is still open: the parts between its separators so far, and whether it can be a span.
 
-    def part(self, *items: Any) -> _Part:
-        # A span comes as a part of its own (a tuple), words come as tokens (a str).
-        return tuple(node for item in items for node in (item if isinstance(item, tuple) else (str(item),)))
+    What stands in a bracket that is text is a tuple among the nodes: `_flat` puts it in line, once for all that nest.
+    """
 
-    def round(self, inside: _Part) -> _Part:
-        return ("(", *inside, ")")
+    opening: str
+    parts: list[list[Any]] = field(default_factory=lambda: [[]])
+    separators: list[str] = field(default_factory=list)
+    spoiled: bool = False
 
-    def round_pair(self, inside: _Part, weight: _Part) -> _Part:
-        return ("(", *inside, ":", *weight, ")")
+    def add(self, node: Any) -> None:
+        self.parts[-1].append(node)
 
-    def square(self, inside: _Part) -> _Part:
-        return ("[", *inside, "]")
+    def separate(self, separator: str) -> None:
+        self.separators.append(separator)
+        self.parts.append([])
 
-    def appears(self, after: _Part, when: str) -> _Part:
-        return (_Change((), after, when[1:-1].strip()),)
+    def closed(self, closing: str) -> tuple[Any, bool]:
+        """What it is with its closing bracket ("" where there is none), and whether it is well formed."""
+        kinds = set(self.separators)
+        if not self.spoiled and closing == "]" and kinds == {"|"}:
+            return _Alternation(tuple(map(_flat, self.parts))), True
+        fits = not kinds or (closing == ")" and self.separators == [":"])
+        between = (piece for pair in zip(self.separators, self.parts[1:], strict=True) for piece in (pair[0], *pair[1]))
+        return (self.opening, *self.parts[0], *between, closing), bool(closing) and fits and not self.spoiled
 
-    def changes(self, before: _Part, after: _Part, when: str) -> _Part:
-        return (_Change(before, after, when[1:-1].strip()),)
-
-    def alternates(self, *choices: _Part) -> _Part:
-        return (_Alternation(choices),)
-
-
-@cache
-def _span_parser() -> lark.Lark:
-    """Built at the first prompt with a square bracket, and once."""
-    return lark.Lark(_SPAN_GRAMMAR, start="span", parser="lalr", transformer=_SpanBuilder())
+    def changes(self, when: str) -> _Change | None:
+        """What it is with `:when]` at its end, where that is a span."""
+        if self.spoiled or "|" in self.separators or len(self.parts) > 2:
+            return None
+        before, after = ((), *map(_flat, self.parts))[-2:]
+        return _Change(before, after, when)
 
 
 def prompt_schedule(prompt: str, steps: int) -> list[tuple[int, str]]:
@@ -175,76 +157,90 @@ def prompt_schedule(prompt: str, steps: int) -> list[tuple[int, str]]:
     part = _parse_spans(prompt)
     if part is None:
         return [(steps, prompt)]
-    return [(step, _text_at(part, step, steps)) for step in _boundaries(part, steps)]
+    periods, switches = _changes_of(part, steps)
+    ends = set(range(1, steps + 1)) if periods else {switch for switch in switches if switch >= 1}
+    texts: dict[tuple, str] = {}
+    schedule = []
+    for step in sorted(ends | {steps}):
+        # The same choices of all that changes are the same text, and are put together once.
+        state = ((step - 1) % math.lcm(*periods), *(step <= switch for switch in switches))
+        if state not in texts:
+            texts[state] = _text_at(part, step, steps)
+        schedule.append((step, texts[state]))
+    return schedule
 
 
 def _parse_spans(prompt: str) -> _Part | None:
     """The prompt as text and spans, or None where the host cannot parse it.
 
-    Only square brackets are tried: round ones and stray ones change nothing outside of a square span.
+    In one pass, whatever the nesting. A span is well formed if all brackets inside of it are; round ones and stray
+    ones change nothing outside of a square span.
     """
-    partners = _bracket_partners(prompt)
-    nodes: list[Any] = []
+    open_brackets = [_Bracket("")]
     position = 0
     while position < len(prompt):
-        text = prompt[position]
-        if text == "\\":
-            text = prompt[position : position + 2]
-            if text in ("\\", "\\\n"):
-                return None
-        elif text == "|":
+        symbol, inner = _SYMBOLS.match(prompt, position), open_brackets[-1]
+        if symbol is None:  # a backslash before nothing, or before the end of a line
             return None
-        elif text == "[" and position in partners:
-            end = partners[position] + 1
-            span = _parse_span(prompt[position:end])
-            if span is not None:
-                nodes.extend(span)
-                position = end
-                continue
-        nodes.append(text)
-        position += len(text)
-    return tuple(nodes)
+        text, position = symbol[0], symbol.end()
+        when = _WHEN.match(prompt, symbol.start()) if text == ":" and inner.opening == "[" else None
+        if text in ("(", "["):
+            open_brackets.append(_Bracket(text))
+        elif when is not None and (change := inner.changes(when[1])) is not None:
+            position = when.end()
+            open_brackets.pop()
+            open_brackets[-1].add(change)
+        elif text == "|" and (inner.opening != "[" or inner.spoiled):
+            return None
+        elif text == "|" or (text == ":" and inner.opening):
+            inner.separate(text)
+        elif text in (")", "]"):
+            matches = inner.opening + text in ("()", "[]")
+            # A stray bracket stands inside everything that is still open, which spoils all of it.
+            if not (_close(open_brackets, text) if matches else _close_all(open_brackets)):
+                return None
+            if not matches:
+                open_brackets[-1].add(text)
+        else:
+            inner.add(text)
+    return _flat(open_brackets[0].parts[0]) if _close_all(open_brackets) else None
 
 
-def _parse_span(text: str) -> _Part | None:
-    """One span from bracket to bracket, or None when it is not well formed."""
-    try:
-        return _span_parser().parse(text)
-    except lark.exceptions.LarkError:
-        return None
+def _close(open_brackets: list[_Bracket], closing: str) -> bool:
+    """Ends the innermost bracket. False where it turns out to be no span, but has a `|`."""
+    bracket = open_brackets.pop()
+    node, well_formed = bracket.closed(closing)
+    open_brackets[-1].add(node)
+    open_brackets[-1].spoiled |= not well_formed
+    return well_formed or "|" not in bracket.separators
 
 
-def _bracket_partners(prompt: str) -> dict[int, int]:
-    """Position of each opening bracket -> that of the closing one, for brackets that nest properly."""
-    partners: dict[int, int] = {}
-    open_at: list[int] = []
-    for position, character in _unescaped(prompt):
-        if character in "([":
-            open_at.append(position)
-        elif character in ")]":
-            if open_at and prompt[open_at[-1]] + character in ("()", "[]"):
-                partners[open_at.pop()] = position
-            else:
-                # A stray bracket stands inside everything that is still open, which spoils all of it.
-                open_at.clear()
-    return partners
+def _close_all(open_brackets: list[_Bracket]) -> bool:
+    """The same for all brackets that have no partner."""
+    return all(_close(open_brackets, "") for _ in open_brackets[1:])
 
 
-def _unescaped(prompt: str) -> Iterator[tuple[int, str]]:
-    """The characters that do not belong to an escape, with their positions."""
-    position = 0
-    while position < len(prompt):
-        if prompt[position] == "\\":
-            position += 2
-            continue
-        yield position, prompt[position]
-        position += 1
+def _flat(nodes: Iterable[Any]) -> _Part:
+    """Nodes in line, neighbouring texts as one. A list of things to do, no recursion: brackets may nest deeply."""
+    line: list[Any] = []
+    to_do = [*nodes][::-1]
+    while to_do:
+        node = to_do.pop()
+        if isinstance(node, tuple):
+            to_do.extend(reversed(node))
+        else:
+            line.append(node)
+    flat: list[Any] = []
+    for is_text, same in groupby(line, key=lambda node: isinstance(node, str)):
+        group = list(same)
+        flat += ["".join(group)] if is_text else group
+    return tuple(flat)
 
 
 def _text_at(part: _Part, step: int, steps: int) -> str:
-    """What the part reads at one step. A list of things to do instead of recursion: brackets may nest deeply."""
+    """What the part reads at one step."""
     texts: list[str] = []
-    to_do = list(reversed(part))
+    to_do = [*part][::-1]
     while to_do:
         node = to_do.pop()
         if isinstance(node, str):
@@ -254,13 +250,20 @@ def _text_at(part: _Part, step: int, steps: int) -> str:
     return "".join(texts)
 
 
-def _boundaries(part: _Part, steps: int) -> list[int]:
-    """The steps at which a text ends. Branches that are never shown count as well, as in the host."""
-    found = {steps}
-    to_do = list(part)
+def _changes_of(part: _Part, steps: int) -> tuple[set[int], set[int]]:
+    """How many choices the alternations have, and after which steps the rest changes. An alternation counts as a change
+    at every step, and branches that are never shown count as well, as in the host."""
+    periods: set[int] = set()
+    switches: set[int] = set()
+    to_do: list[Any] = [*part]
     while to_do:
         node = to_do.pop()
-        if not isinstance(node, str):
-            found.update(node.boundaries(steps))
-            to_do.extend(child for branch in node.branches() for child in branch)
-    return sorted(found)
+        if isinstance(node, str):
+            continue
+        if isinstance(node, _Alternation):
+            periods.add(len(node.choices))
+        else:
+            switches.add(node.switch_step(steps))
+        for branch in node.branches():
+            to_do.extend(branch)
+    return periods, switches

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from lib_estimate.errors import ModelError, RequestError
+from lib_estimate.errors import RequestError
 from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts.base import Conditioning, Network, PromptPart, Session, StepConditioning
 from lib_estimate.request import HOLE, EstimateRequest
 from lib_estimate.request import Target as Which
 from lib_estimate.target import besides
+from lib_estimate.target.limits import check_finite, check_readable
 
 PartConditionings = list[tuple[PromptPart, dict[str, Conditioning]]]
 
@@ -75,25 +76,30 @@ class Target:
 def build_target(request: EstimateRequest, session: Session, sentence: str = HOLE, beside: str = "") -> Target:
     """Encodes the prompts of a request, in a sentence, once for every step where they change.
 
-    beside: the prompt that a negative one stands beside; blank: the first that it is learnt beside. ModelError where
+    beside: the prompt that a negative one stands beside; blank: the first that it is learnt beside. RequestError where
     the text encoders' answers are no numbers.
     """
-    while True:
-        target = _built(request, session, sentence, beside)
-        if target.finite():
-            return target
-        if not session.widen(Network.TEXT):
-            raise ModelError(
-                "What the text encoder says of the prompt is not a number: a weight in it is too large, or the "
-                "checkpoint is damaged."
-            )
+    target, positive, negative = _built(request, session, sentence, beside)
+    if not target.finite() and session.widen(Network.TEXT):
+        target, positive, negative = _built(request, session, sentence, beside)
+    check_finite(session, positive, (each for step in target.guidance for _, each in step.positive), "prompt")
+    check_finite(session, negative, (step.negative for step in target.guidance), "negative prompt")
+    return target
 
 
-def _built(request: EstimateRequest, session: Session, sentence: str, beside: str) -> Target:
+def _built(
+    request: EstimateRequest, session: Session, sentence: str, beside: str
+) -> tuple[Target, list[PromptPart], list[PromptPart]]:
+    """The target, and the two sides as the host reads them."""
     steps, is_negative = request.sampling_steps, request.target is Which.NEGATIVE
     texts = [(beside or besides.learnt(request)[0]) if is_negative else request.prompt, request.negative]
     texts[is_negative] = sentence.replace(HOLE, request.text)
     positive, negative = session.read(texts[0], steps), session.read(texts[1], steps, negative=True)
+    if not beside and sentence == HOLE:  # what comes later, too, is refused now
+        for text in (*(besides.own(request) if is_negative else ()), *request.sentence):
+            check_readable(session, session.read(text.replace(HOLE, session.placeholder), steps), "prompt")
+    check_readable(session, positive, "prompt")
+    check_readable(session, negative, "negative prompt")
     frame = _frame(session, sentence, is_negative)
 
     def guided(**how: Any) -> tuple[StepConditioning, ...]:
@@ -114,7 +120,7 @@ def _built(request: EstimateRequest, session: Session, sentence: str, beside: st
     if guidance[0].negative.networks:
         unweighted = guided()
     target = Target(guidance, unweighted, empty, is_negative, frame)
-    return target if _differ(target) else replace(target, plain=None)
+    return (target if _differ(target) else replace(target, plain=None)), positive, negative
 
 
 def taken_over(request: EstimateRequest, session: Session) -> str:

@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lib_estimate.hosts import checkpoint
 from lib_estimate.hosts.layouts import LAYOUTS
 from lib_estimate.hosts.standalone import StandaloneHost
+from lib_estimate.prompt import vocabulary
 from lib_estimate.request import Emphasis, ModelOptions
 
 WIDTHS, POSITIONS, VOCABULARY = (768, 1280), 77, 49408
@@ -36,7 +37,7 @@ def random_host(device: str, dtype: str, family: str = "sd1") -> StandaloneHost:
 
 def _components(device: torch.device, dtype: torch.dtype, family: str) -> checkpoint.Components:
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(checkpoint.BUNDLED_VOCABULARY, local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(vocabulary.BUNDLED, local_files_only=True)
     layout = LAYOUTS[family]
     with device, _made_in(dtype):
         unet = _unet(family)

@@ -19,8 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lib_estimate.errors import EmbeddingFileError, EstimateError
 from lib_estimate.files import reading, writing
-from lib_estimate.files.embedding import FORMATS, Embedding
-from lib_estimate.files.names import check_name, embedding_path, find_existing, shadowed_word
+from lib_estimate.files.embedding import Embedding
+from lib_estimate.files.names import FORMATS, check_name, embedding_path, find_existing, shadowed_word
 from lib_estimate.files.reading import load
 from lib_estimate.files.writing import save
 

@@ -64,7 +64,11 @@ def test_fit_writes_json_to_a_file_and_safetensors(tmp_path) -> None:
 def test_measure_agrees_with_fit(tmp_path, capsys) -> None:
     fit(tmp_path, "--json", str(tmp_path / "r.json"))
     fitted = json.loads((tmp_path / "r.json").read_text())
-    capsys.readouterr()
+    printed = capsys.readouterr()  # results on stdout, the rest on stderr, and no bar where nobody sees it move
+    assert printed.out.startswith(f"Saved {tmp_path / 'out' / 'word.pt'}\n")
+    assert "It cost as much as " in printed.out
+    assert "Write in your prompt: word" in printed.out
+    assert not any(word in printed.err for word in ("Saved", "%|"))
     more = [*MODEL, *GENERATION, "--json", "-"]
     assert cli.main(["measure", str(tmp_path / "out" / "word.pt"), "a (red:1.6) circle", *more]) == 0
     measured = json.loads(capsys.readouterr().out)
@@ -247,6 +251,40 @@ def test_every_parameter_has_its_flag() -> None:
             assert item.name in actions, item.name
             if item.name not in ("prompt", "name", "model", "sentence", "beside"):
                 assert actions[item.name].default == getattr(item.default, "value", item.default), item.name
+
+
+def test_inspect_prints_nothing_that_steers_the_terminal(tmp_path, capsys) -> None:
+    content = {"string_to_param": {"*": torch.ones(1, 4)}, "name": "\x1b[2J half \ud83d"}
+    torch.save(content, tmp_path / "theirs.pt")
+    assert cli.main(["inspect", str(tmp_path / "theirs.pt")]) == 0
+    assert "\x1b" not in (out := capsys.readouterr().out)
+    assert "[2J half" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--version"], "embedding-estimate "),
+        (["--help"], "COMMAND"),
+        (["parse", "a (red:1.5) circle", "[" * 10_000 + "a" + "]" * 10_000], "red"),
+        (["fit", "", "--name", "x"], "The prompt is empty"),
+        (["fit", "x" * 30_000, "--name", "x"], "30000 characters"),
+        (["fit", "x", "--name", ""], "has no name"),
+        (["fit", "x", "--name", "taken"], "exists already"),
+        (["fit", "x", "--name", "x", "--steps", "-1"], "steps is -1"),
+        (["measure", "none.pt", ""], "The prompt is empty"),
+        (["batch", "none.csv"], "can't be read"),
+    ],
+)
+def test_what_needs_no_model_does_not_wait_for_torch(arguments, words, tmp_path) -> None:
+    """In a process of its own, where torch, transformers and diffusers can't be imported at all."""
+    (tmp_path / "taken.pt").write_bytes(b"theirs")
+    none = "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'diffusers', 'safetensors')))"
+    program = f"{none}; from lib_estimate.interfaces.cli import main; sys.exit(main())"
+    if arguments[0] in ("fit", "measure", "batch"):
+        arguments = [*arguments, "--model", "none", *(["--out", str(tmp_path)] if arguments[0] == "fit" else [])]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    assert words in done.stdout + done.stderr
 
 
 def test_it_runs_as_a_program() -> None:
