@@ -62,7 +62,7 @@ def loaded() -> WebuiModel:
 
 def chosen_checkpoint() -> Any:
     """What `use_checkpoint` takes to have again what is there now."""
-    return shared.sd_model.sd_checkpoint_info
+    return getattr(shared.sd_model, "sd_checkpoint_info", None)
 
 
 def use_checkpoint(checkpoint: Any) -> None:

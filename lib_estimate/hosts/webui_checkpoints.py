@@ -28,15 +28,15 @@ class Checkpoint(WebuiHost):
 
     def __init__(self, title: str, *, locked: bool) -> None:
         super().__init__(locked=locked)
-        self.title = title
+        self.title, self.found = title, None
 
     @contextmanager
     def session(self, *, tags: bool = False) -> Iterator[WebuiSession]:
-        found = sd_models.checkpoint_aliases.get(self.title)
-        if found is None:
+        self.found = sd_models.checkpoint_aliases.get(self.title)
+        if self.found is None:
             raise ModelError(f"There is no checkpoint {self.title!r} any more. Read the list again.")
         try:
-            family().use_checkpoint(found)
+            family().use_checkpoint(self.found)
         except Exception as error:  # whatever it was, it is the checkpoint that could not be loaded
             raise ModelError(f"The webui could not load {self.title}: {error}") from error
         with super().session(tags=tags) as session:
@@ -50,8 +50,12 @@ class InTurn(Several):
         super().__init__([Checkpoint(title, locked=locked) for title in chosen])
 
     def in_turn(self) -> Generator[tuple[int, int, Host], None, None]:
-        before = family().chosen_checkpoint()
+        before = known = family().chosen_checkpoint()
         try:
-            yield from super().in_turn()
+            for number, host in enumerate(self.hosts, 1):
+                yield number, len(self.hosts), host
+                if family().chosen_checkpoint() not in (known, host.found):
+                    before = family().chosen_checkpoint()  # somebody has chosen another one meanwhile
+                known = family().chosen_checkpoint()
         finally:
             family().use_checkpoint(before)

@@ -72,6 +72,9 @@ class WebuiShell:
         family().loaded()
         return WebuiHost(locked=True)
 
+    def checkpoint(self) -> str:
+        return getattr(family().chosen_checkpoint(), "model_name", "")
+
     def checkpoints(self) -> Sequence[str]:
         return webui_checkpoints.titles()
 

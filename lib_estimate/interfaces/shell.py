@@ -23,6 +23,9 @@ class Shell(Protocol):
     def host(self) -> Host:
         """The host, with its model; EstimateError where there is none."""
 
+    def checkpoint(self) -> str:
+        """The name of the one that a run would use now; blank where there is none."""
+
     def checkpoints(self) -> Sequence[str]:
         """What else can be loaded, or is."""
 

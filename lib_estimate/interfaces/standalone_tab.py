@@ -37,6 +37,9 @@ class StandaloneShell:
     def host(self) -> Host:
         return self.model
 
+    def checkpoint(self) -> str:
+        return ", ".join(self.checkpoints())
+
     def checkpoints(self) -> Sequence[str]:
         return [host.parts.name for host in each_of(self.model)]
 

@@ -44,6 +44,11 @@ from lib_estimate.request import Target as Which
 log = logging.getLogger(__name__)
 JS = "_js" if gr.__version__.startswith("3.") else "js"
 OUT_OF_MEMORY = "Out of memory. Make the width and height of the generations learnt from, or the batch, smaller."
+WAITING = "Waiting for the model: another run has it."
+SWITCHED = (
+    "The checkpoint was switched from {chosen} to {now} while this waited for its turn: it was done with the latter."
+)
+MOST_WAITING = 8  # presses of buttons in the tab without a webui
 LEARNING = (
     "steps", "learning_rate", "optimizer", "loss", "schedule", "warmup", "seed", "ema", "patience", "start",
     "tolerance", "batch", "queries", "memory", "clip_gradient", "trajectories",
@@ -208,30 +213,41 @@ class Tab:
         self._connect_name()
 
     @property
-    def _alone(self) -> dict[str, str]:
-        """What keeps two events from using the model at once, where the program has no queue of its own for that."""
-        return {"concurrency_id": "model"} if self.shell.live else {}
+    def _alone(self) -> dict[str, Any]:
+        """What lets several wait for the model, one of which has it, where the program has no queue of its own."""
+        return {"concurrency_id": "model", "concurrency_limit": MOST_WAITING} if self.shell.live else {}
 
     def _connect_run(self, button: Any, run: Callable[..., Iterator[list[Any]]], inputs: list[Any]) -> None:
         """A press of the button runs `run` with a list of what stands in all inputs but the first, the task."""
 
         def live(task: str, *values: Any) -> Iterator[list[Any]]:
-            yield self._shown(progress=markup.bar(0.0, None, "Waiting for the model"))  # which the API may be using
+            yield self._shown(progress=markup.bar(0.0, None, WAITING))
             with self.shell.turn(task):
                 yield from run(values)
 
-        def through(task: str, *values: Any) -> list[Any]:
-            shown: list[Any] = []
-            for shown in run(values):  # noqa: B007 (the last one counts)
-                pass
-            return shown
+        def in_turn(task: str, *values: Any) -> list[Any]:
+            """Waits in the program's queue, which says so. The checkpoint may be switched meanwhile."""
+            chosen = self.shell.checkpoint()
+
+            def through(task: str, *values: Any) -> list[Any]:
+                now, shown = self.shell.checkpoint(), []
+                for shown in run(values):  # noqa: B007 (the last one counts)
+                    pass
+                return shown if now == chosen else self._noted(shown, SWITCHED.format(chosen=chosen, now=now))
+
+            return self.shell.wrap(through, [gr.update()] * (len(self.outputs) - 1))(task, *values)
 
         if self.shell.live:
             button.click(live, inputs=inputs, outputs=self.outputs, show_progress="hidden", **self._alone)
         else:
-            wrapped = self.shell.wrap(through, [gr.update()] * (len(self.outputs) - 1))
             submit = {JS: "embeddingEstimateSubmit"}
-            button.click(wrapped, inputs=inputs, outputs=self.outputs, show_progress="hidden", **submit)
+            button.click(in_turn, inputs=inputs, outputs=self.outputs, show_progress="hidden", **submit)
+
+    def _noted(self, shown: list[Any], note: str) -> list[Any]:
+        """The outputs with a note under the result."""
+        at = self.outputs.index(self.result)
+        said = shown[at] if isinstance(shown[at], str) else ""
+        return [*shown[:at], said + markup.noted([note]), *shown[at + 1 :]]
 
     def _connect_counter(self, name: str) -> None:
         """Gradio 3 drops a change that comes while the one before is still answered, and so the last word of whoever

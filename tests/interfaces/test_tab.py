@@ -159,6 +159,39 @@ def test_an_unexpected_error_comes_with_what_to_report_and_nothing_private(tab, 
     assert "host: not known (ZeroDivisionError)" in list(tab._run(list(given.values())))[-1][3]
 
 
+class Queued(Shell):
+    """A program with a queue, in which somebody switches the checkpoint."""
+
+    live, switches = False, True
+
+    def __init__(self) -> None:
+        self.name = "first"
+
+    def checkpoint(self) -> str:
+        return self.name
+
+    def wrap(self, run, failed):
+        def waited(*given):
+            self.name = "second" if self.switches else self.name
+            return run(*given)
+
+        return waited
+
+
+@pytest.mark.parametrize("switches", [True, False])
+def test_a_checkpoint_that_was_switched_while_a_run_waited_is_named(switches) -> None:
+    shell = Queued()
+    shell.switches = switches
+    blocks = tab_module.build(shell)
+    (event,) = [
+        f for f in blocks.fns.values()
+        if any(blocks.blocks[target].elem_id == "embedding_estimate_estimate" for target, _ in f.targets)
+    ]  # fmt: skip
+    shown = event.fn("task", *(component.value for component in event.inputs[1:]))
+    assert ("switched from first to second" in shown[3]) == switches
+    assert "prompt is empty" in shown[3]
+
+
 def test_a_refusal_is_no_bug(tab) -> None:
     assert "<details>" not in list(tab._run(list(values(tab, prompt="").values())))[-1][3]
 

@@ -34,7 +34,7 @@ from lib_estimate.report.inside import look_inside
 from lib_estimate.request import Part
 from lib_estimate.target.target import build_target
 from tests.webui import checks_api, checks_checkpoints, checks_lora, checks_traps, webuis
-from tests.webui.runs import outcome, picture, raised, request, unchanged_host
+from tests.webui.runs import outcome, picture, raised, request, restart, state, unchanged_host
 from tests.webui.webuis import changed
 
 PROMPTS = (
@@ -415,3 +415,4 @@ CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     for name, function in list(file.items())
     if name.startswith("check_")
 }
+CHECKS |= {"state": state, "restart": restart}  # what tests of the real webui ask for by themselves

@@ -20,7 +20,7 @@ from lib_estimate.files import reading
 from lib_estimate.hosts import webui_checkpoints
 from lib_estimate.hosts.family import family
 from lib_estimate.measuring import measured
-from lib_estimate.progress import Note
+from lib_estimate.progress import Note, Phase
 from tests.webui import webuis
 from tests.webui.runs import outcome, picture, raised, request
 
@@ -92,3 +92,21 @@ def check_a_checkpoint_that_is_gone_is_said_and_the_chosen_one_is_there() -> dic
         assert [row.name for row in found.checkpoints] == [NAME]
         assert webuis.this().loaded().sd_checkpoint_info.filename == before
     return {"file": True, "said": said}
+
+
+def check_a_checkpoint_chosen_meanwhile_is_the_one_that_stays() -> dict[str, Any]:
+    """Forge notes another choice at once, whatever runs; in the others it waits for the queue."""
+    done = outcome(request())
+    with other_checkpoint() as there:
+        if not there or not hasattr(family(), "sd_models") or not hasattr(family().sd_models, "forge_model_reload"):
+            return {"at once": False}
+        data, before = family().sd_models.model_data, family().chosen_checkpoint()
+        own, other = titled(Path(before.filename).stem), titled(NAME)
+        chosen = family().sd_models.checkpoint_aliases[other]
+        running = measured(reading.load(done.path), request(), webui_checkpoints.InTurn([own], locked=False))
+        for progress in running:
+            if isinstance(progress, Phase):
+                data.forge_loading_parameters = {**data.forge_loading_parameters, "checkpoint_info": chosen}
+        assert webuis.this().loaded().sd_checkpoint_info is chosen
+        family().use_checkpoint(before)
+    return {"at once": True}

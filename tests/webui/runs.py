@@ -116,3 +116,16 @@ def unchanged_host() -> Iterator[None]:
     after = fingerprint()
     assert before == after, [key for key in before if before[key] != after[key]]
     assert torch.equal(drawn, picture("a (red:1.4) circle, blue background", "a square"))
+
+
+def state() -> dict[str, str]:
+    """The fingerprint in short, for who looks from outside."""
+    return {key: hashlib.sha256(repr(value).encode()).hexdigest() for key, value in fingerprint().items()}
+
+
+def restart() -> dict[str, Any]:
+    """Apply and restart UI."""
+    from modules import shared
+
+    shared.state.request_restart()
+    return {}
