@@ -80,19 +80,20 @@ def test_a_second_estimate_waits_its_turn_and_says_so(real_host: RealHost, tmp_p
 
 
 def test_a_restart_of_the_page_in_the_middle_of_a_run_leaves_nothing_behind(real_host: RealHost) -> None:
-    """Apply and restart UI: the run goes on to its end, without anybody who hears of it."""
+    """Apply and restart UI, which interrupts what is running: the best so far is saved, and nobody hears of it."""
     picture(real_host, 0)
     before = real_host.run("state")
-    task = call(real_host, f"{OURS}/estimate", {**SHORT, "name": "reloaded", "steps": 60, "patience": 0})["id"]
-    until(real_host, task, "running")
+    task = call(real_host, f"{OURS}/estimate", {**SHORT, "name": "reloaded", "steps": 2000, "patience": 0})["id"]
+    end = time.monotonic() + 300
+    while "Learning" not in call(real_host, f"{OURS}/progress/{task}")["words"] and time.monotonic() < end:
+        time.sleep(0.1)
     starts = real_host.log.read_text(errors="replace").count(READY)
     real_host.run("restart")
-    end = time.monotonic() + 300
     while real_host.log.read_text(errors="replace").count(READY) == starts and time.monotonic() < end:
         time.sleep(0.5)
     drawn = picture(real_host, 0)  # waits until the run is over
     after = real_host.run("state")
-    assert before["embeddings"] != after["embeddings"]  # the run did go on, and its word is known
+    assert before["embeddings"] != after["embeddings"]  # the word was saved, and is known
     changed = [key for key in before if before[key] != after[key] and key not in ("embeddings", "lookup")]
     assert not changed
     assert drawn == picture(real_host, 0)
