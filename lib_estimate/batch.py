@@ -162,14 +162,15 @@ def _checked(lines: Sequence[Line]) -> dict[int, Embedding]:
 
 def _made_before(request: EstimateRequest) -> Embedding | None:
     """The embedding that this very request made; EstimateError where its name is taken by something else."""
-    path = check_destination(replace(request, name=first_name(request), overwrite=True))
-    if not path.exists():
-        return None
-    with suppress(EstimateError):  # what can't be read is something else
-        embedding = reading.load(path)
-        if _same_settings(embedding.metadata.get("settings"), request):
-            return embedding
-    if request.overwrite:
+    for name in dict.fromkeys((request.name, first_name(request))):  # of one text, --stages makes one word
+        path = check_destination(replace(request, name=name, overwrite=True))
+        if not path.exists():
+            continue
+        with suppress(EstimateError):  # what can't be read is something else
+            embedding = reading.load(path)
+            if _same_settings(embedding.metadata.get("settings"), request):
+                return embedding
+    if request.overwrite or not path.exists():
         return None
     raise RequestError(
         f"{path} exists already, made of something else or with other settings. Choose another name, or allow "

@@ -77,9 +77,10 @@ def test_a_line_may_make_several_words_and_is_known_again(lines, host, tmp_path)
         *changed(lines[:1], target=Target.BOTH, negative="(blue:1.3), small", sentence=()),
         *changed(lines[1:], prompt="a [red:blue:0.5] circle", stages=True, sentence=()),
     ]
-    assert states(finish(Batch(several), host)) == [batch_module.MADE] * 2
-    assert sorted(path.stem for path in tmp_path.glob("*.pt")) == ["day", "day-neg", "night-1", "night-2"]
-    assert states(finish(Batch(several), host)) == [batch_module.THERE] * 2
+    several += changed(lines[1:], name="plain", prompt="a red circle", stages=True, sentence=())  # one text, one word
+    assert states(finish(Batch(several), host)) == [batch_module.MADE] * 3
+    assert sorted(path.stem for path in tmp_path.glob("*.pt")) == ["day", "day-neg", "night-1", "night-2", "plain"]
+    assert states(finish(Batch(several), host)) == [batch_module.THERE] * 3
 
 
 def test_a_file_made_on_another_checkpoint_is_not_taken_for_it(lines, host, tmp_path) -> None:
