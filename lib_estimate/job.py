@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from lib_estimate.errors import EstimateError, ReportFailed
-from lib_estimate.files import names, writing
+from lib_estimate.files import names
+from lib_estimate.files.claim import claimed
 from lib_estimate.files.destination import free_path
 from lib_estimate.files.embedding import Embedding, Vectors
+from lib_estimate.files.rescue import save_all
 from lib_estimate.hosts.base import Conditioning, Host, ModelInfo, Session
 from lib_estimate.hosts.several import sessions_of
 from lib_estimate.learn.continued import Continued, continued
@@ -105,7 +107,8 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
     if request.take_over_lora and request.use is Use.ANYWHERE:
         request = replace(request, use=Use.WHOLE)
         yield Note(LORA_AS_WHOLE)
-    with sessions_of(host, tags=request.take_over_lora) as sessions, shortage_said(request, sessions):
+    claim = claimed(Path(request.out), request.name)
+    with claim, sessions_of(host, tags=request.take_over_lora) as sessions, shortage_said(request, sessions):
         infos = [session.info for session in sessions]
         path = destination(request, infos)
         yield from notes_on(request, sessions[0], origin)
@@ -120,11 +123,11 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
         try:
             fidelity = yield from _report(request, sessions, alone, run, start, chosen, origin)
         except BaseException as error:  # whatever stops the report, what was learnt must not be lost
-            writing.save(Embedding(path.stem, run.best, facts), path, overwrite=request.overwrite)
+            save_all([(Embedding(path.stem, run.best, facts), path)], overwrite=request.overwrite)
             raise saved_anyway(error, [path], request, sessions) from error
         bill.charge("report")
         embedding = Embedding(path.stem, run.best, {**facts, **fidelity.figures(), "forwards": bill.forwards})
-        writing.save(embedding, path, overwrite=request.overwrite)
+        save_all([(embedding, path)], overwrite=request.overwrite)
         seconds = time.perf_counter() - started
         record = record_of(request, path, infos[0], run, counts, fidelity, seconds) | {"forwards": bill.forwards}
         record |= {} if origin is None else origin.facts() | {"step": facts["step"]}
@@ -191,7 +194,7 @@ def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
 
 def check_destination(request: EstimateRequest) -> Path:
     """Where the file will be, before the model is known. Refuses bad requests, a file to continue that can't be read,
-    and a name that is taken."""
+    a name that is taken, and a place where no file can be written."""
     continued(request.validate())
     return free_path(request)
 
