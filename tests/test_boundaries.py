@@ -26,7 +26,7 @@ ORDER = (
     "learn", "learn.continued", "learn.initial", "learn.registry", "learn.plan", "learn.objectives",
     "learn.objectives.base", "learn.objectives.hidden_state", "learn.objectives.cross_attention",
     "learn.objectives.sketch", "learn.objectives.denoising", "learn.fit",
-    "learn.learning", "learn.starts", "learn.count", "learn.needs",
+    "learn.resume", "learn.learning", "learn.starts", "learn.count", "learn.needs",
     "job", "measuring", "words", "batch",
     "interfaces", "interfaces.view", "interfaces.fields", "interfaces.markup", "interfaces.shell",
     "interfaces.bug_report", "interfaces.pictures", "interfaces.tasks", "interfaces.asked", "interfaces.api",

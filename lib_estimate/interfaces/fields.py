@@ -70,6 +70,8 @@ OPTION = re.compile(r"--([a-z][a-z-]*)(?: ([a-z_-]+)\b)?")
 LEFT_OUT = {
     "out": "the program's own folder of embeddings",
     "subfolder": "a setting of the program",
+    "checkpoint_every": "what the command line does unless told otherwise",
+    "resume": "a button, where a stopped run is found",
 }
 
 
