@@ -55,7 +55,7 @@ class Ended:
         """like: vectors on the device where it goes on. EstimateError where it can't be what a fit left."""
         try:
             vectors = _learnable(state["vectors"], like)
-            optimizer = make_optimizer(state["optimizer_name"], list(vectors.values()), 0.0)
+            optimizer = make_optimizer(state["optimizer_name"], list(vectors.values()), 1.0)
             optimizer.load_state_dict(state["optimizer"])
             return cls(state["optimizer_name"], vectors, optimizer)
         except NOT_OF_A_FIT as error:
