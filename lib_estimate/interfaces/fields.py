@@ -40,6 +40,7 @@ LABELS = {
     "cfg_scale": "CFG scale",
     "sampling_steps": "Sampling steps",
     "images": "Pictures to compare",
+    "resume": "Go on",
 }
 WORDS = {  # value -> what the tab calls it
     "prompt": "Prompt",
@@ -156,7 +157,7 @@ def in_the_tab(sentence: str) -> str:
 
     def called(found: re.Match) -> str:
         name, value = found[1].replace("-", "_"), found[2]
-        if name not in EstimateRequest.__dataclass_fields__ or name in LEFT_OUT:
+        if name not in EstimateRequest.__dataclass_fields__ or (name in LEFT_OUT and name not in LABELS):
             return found[0]
         label = LABELS.get(name, name.replace("_", " ").capitalize())
         if value in (field_of(name).metadata["choices"] or ()):

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from lib_estimate.errors import EmbeddingFileError, EstimateError, RequestError
-from lib_estimate.files.claim import state_path
+from lib_estimate.files.claim import claimed, in_use, state_path
 from lib_estimate.files.embedding import Vectors
-from lib_estimate.files.names import key_of
+from lib_estimate.files.names import find_existing, key_of
 from lib_estimate.files.places import hidden
 from lib_estimate.hosts.base import Conditioning, ModelInfo
 from lib_estimate.learn.fit import Ended, Fit
 from lib_estimate.progress import Cancel, Note
-from lib_estimate.request import EstimateRequest
+from lib_estimate.request import EstimateRequest, field_value
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +229,34 @@ def read(path: Path) -> Saved:
         raise EmbeddingFileError(
             f"What the stopped run left in {path} can't be read: it is damaged or of another version. {ANEW}"
         ) from error
+
+
+def stopped_runs(folder: Path) -> list[Saved]:
+    """What stopped runs have left in a folder, the newest first; not of those that go on right now."""
+    found = []
+    for path in Path(folder).glob(".embedding-estimate-*.run"):
+        with suppress(EstimateError, OSError):
+            saved, age = read(path), path.stat().st_mtime
+            if path != state_path(folder, saved.name) or in_use(folder, saved.name):
+                continue
+            made = find_existing(folder, saved.name)
+            if saved.finished and made is not None and made.stat().st_mtime >= age:
+                path.unlink()  # it was stopped after its file was saved
+                continue
+            found.append((age, saved))
+    return [saved for _, saved in sorted(found, key=lambda pair: -pair[0])]
+
+
+def request_of(saved: Saved, folder: str) -> EstimateRequest:
+    """The request that goes on with a stopped run. RequestError where its settings are none."""
+    given = {name: field_value(name, value) for name, value in saved.settings.items()}
+    return EstimateRequest(**{**given, "out": folder, "resume": True})
+
+
+def drop(folder: Path, name: str) -> None:
+    """Removes what a stopped run has left."""
+    with claimed(folder, name), suppress(OSError):
+        state_path(folder, name).unlink(missing_ok=True)
 
 
 def _check_kinds(saved: Saved) -> None:
