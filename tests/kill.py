@@ -1,5 +1,6 @@
 """`python -m tests.kill --runs 50`: kills runs of the command line at random moments, and at the worst ones, and looks
-at what they leave. The folder must hold the old file or a new one, whole, and the next run must sweep up the rest.
+at what they leave. The folder must hold the old file or a new one, whole; --resume must come to the vectors of a run
+that nobody killed; and the next run must sweep up the rest.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ NAME = "word"
 REQUEST = (
     "fit", "a (red:1.6) circle", "--model", str(SHAPES_SD), "--device", "cpu", "--name", NAME,
     "--part", "transformer", "--steps", "5", "--images", "0", "--sampling-steps", "4", "--trajectories", "1",
-    "--sentence", "a {}", "--width", "64", "--height", "64",
+    "--sentence", "a {}", "--width", "64", "--height", "64", "--checkpoint-every", "1",
 )  # fmt: skip
-# A call of the system around which a run ends: (function of `os`, whether before or after it).
-MOMENTS = (("fsync", True), ("fsync", False), ("link", True), ("link", False), ("replace", True), ("replace", False))
+# Around which call of the system a run ends. The state of the run is written by `replace`, so that comes several times.
+CALLS = ("fsync", "link", "replace")
+MOST_CALLS = 6
 
 
 def child(arguments: list[str], prepare: Callable[[], None] = lambda: None) -> int:
@@ -51,20 +53,22 @@ def ended(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def dies_at(call: str, before: bool) -> None:
-    """From now on this process kills itself around a call of the system that concerns an embedding."""
-    real = getattr(os, call)
+def dies_at(call: str, before: bool, count: int) -> None:
+    """From now on this process kills itself before or after it has called the system so many times."""
+    real, left = getattr(os, call), [count]
 
     def deadly(*given, **more):
-        if before:
+        left[0] -= 1
+        if before and not left[0]:
             os.kill(os.getpid(), signal.SIGKILL)
         real(*given, **more)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(os, call, deadly)
 
 
-def killed(arguments: list[str], moment: tuple[str, bool] | float) -> bool:
+def killed(arguments: list[str], moment: tuple[str, bool, int] | float) -> bool:
     """Runs and kills, after so many seconds or around a call; False where the run was done before."""
     if isinstance(moment, tuple):
         return ended(child(arguments, lambda: dies_at(*moment))) < 0
@@ -91,33 +95,39 @@ def look(folder: Path, old: bytes | None) -> str:
 
 
 def run(runs: int, seed: int, folder: Path) -> dict[str, int]:
-    """Kills so many runs; how often what was left, and what the last, whole run couldn't sweep up."""
+    """Kills so many runs; how often what was left."""
     parts, chance = StandaloneHost(ModelOptions(model=str(SHAPES_SD), device="cpu")).parts, random.Random(seed)
     standalone.checkpoint.load = lambda *_: parts
-    arguments = [*REQUEST, "--out", str(folder), "--overwrite"]
+    arguments = [*REQUEST, "--out", str(folder)]
+    path = folder / f"{NAME}.pt"
     begun = time.monotonic()
     assert ended(child(arguments)) == 0
-    whole = time.monotonic() - begun
+    whole, wanted = time.monotonic() - begun, reading.load(path).vectors["clip_l"]
     found: Counter[str] = Counter()
-    path = folder / f"{NAME}.pt"
     for number in range(runs):
         old = None
         path.unlink(missing_ok=True)
-        fresh = number % 2 == 0
-        if not fresh:
+        if number % 2:
             writing.save(Embedding(NAME, {"clip_l": torch.ones(1, 8)}, {"prompt": "old"}), path)
             old = path.read_bytes()
-        planted = number % 3 == 2
-        calls = [moment for moment in MOMENTS if moment[0] != ("replace" if fresh else "link")]
-        moment = chance.choice(calls) if planted else chance.uniform(0, 0.95 * whole)
-        found["killed" if killed(arguments[:-1] if fresh else arguments, moment) else "done before"] += 1
-        found[look(folder, old)] += 1
-        found["leftovers"] += any(each.name.startswith(".embedding") for each in folder.glob(".*"))
+        moment = chance.uniform(0, 0.9 * whole)
+        if number % 4 > 1:
+            call = chance.choice(CALLS)
+            moment = (call, chance.random() < 0.5, 1 if call != "replace" else chance.randint(1, MOST_CALLS))
+        given = arguments if old is None else [*arguments, "--overwrite"]
+        found["killed" if killed(given, moment) else "done before"] += 1
+        left = look(folder, old)
+        found[left] += 1
+        found["with leftovers"] += any(folder.glob(".embedding*"))
+        if left != "new":
+            found["gone on with from a state"] += any(folder.glob("*.run"))
+            assert ended(child([*given, "--resume"])) == 0  # no refusal is left behind
+            assert torch.equal(reading.load(path).vectors["clip_l"], wanted)
+            found["gone on with to the same vectors"] += 1
+            assert os.listdir(folder) == [path.name]
     path.unlink(missing_ok=True)
-    assert ended(child(arguments[:-1])) == 0  # no refusal is left behind
-    look(folder, None)
-    left = [each.name for each in folder.iterdir() if each != path]
-    assert not left, left
+    assert ended(child(arguments)) == 0
+    assert os.listdir(folder) == [path.name]
     return dict(found) | {"milliseconds of a whole run": round(1000 * whole)}
 
 

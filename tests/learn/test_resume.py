@@ -18,7 +18,7 @@ from lib_estimate.learn.registry import available_optimizers
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
 from lib_estimate.request import AUTO_VECTORS, Effort, Emphasis, EstimateRequest, Part, Use
 from tests.conftest import run
-from tests.learn.test_fit import BASE, GOAL, STAGE, make
+from tests.learn.test_fit import BASE, GOAL, STAGE, Bowl, make
 
 
 @pytest.fixture(autouse=True)
@@ -60,56 +60,73 @@ def state_of(request: EstimateRequest):
 
 
 @pytest.mark.parametrize(
-    ("change", "stops"),
+    ("change", "stop"),
     [
         (
             {"part": Part.AUTO, "steps": 8},
             (4, 8),
         ),  # in the first stage, and before the third
-        ({"part": Part.AUTO, "use": Use.ANYWHERE, "effort": Effort.QUICK, "steps": 4, "ema": 0.5}, (3,)),
-        ({"prompt": "(red:1.6) dot", "vectors": AUTO_VECTORS, "tolerance": 0.0}, (5,)),
+        ({"part": Part.AUTO, "use": Use.ANYWHERE, "effort": Effort.QUICK, "steps": 4, "ema": 0.5}, 3),
+        ({"prompt": "(red:1.6) dot", "vectors": AUTO_VECTORS, "tolerance": 0.0}, 5),
     ],
     ids=["three stages", "in sentences", "number by trial"],
 )
-def test_it_comes_to_the_same_vectors(change, stops, host, small, tmp_path, monkeypatch) -> None:
+def test_it_comes_to_the_same_vectors(change, stop, host, small, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(count, "TRIAL_STEPS", 2)
     request = replace(small, **change)
     whole = run(replace(request, out=str(tmp_path / "whole")), host)
-    for stop in stops:
-        stopped(replace(request, overwrite=True), host, stop)
-        assert state_of(request).exists()
-        told, outcome = resumed(replace(request, overwrite=True), host)
-        steps = sum(isinstance(progress, StepReport) for progress in told)
-        assert len(whole.losses) - stop <= steps < len(whole.losses)
-        assert not any(isinstance(progress, Phase) and "numbers" in progress.name for progress in told)
-        assert all(torch.equal(rows, outcome.embedding.vectors[key]) for key, rows in whole.embedding.vectors.items())
-        assert outcome.losses == whole.losses
-        assert outcome.record["stages"] == whole.record["stages"]
-        assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+    stopped(replace(request, overwrite=True), host, stop)
+    assert state_of(request).exists()
+    told, outcome = resumed(replace(request, overwrite=True), host)
+    steps = sum(isinstance(progress, StepReport) for progress in told)
+    assert len(whole.losses) - stop <= steps < len(whole.losses)
+    assert not any(isinstance(progress, Phase) and "numbers" in progress.name for progress in told)
+    assert all(torch.equal(rows, outcome.embedding.vectors[key]) for key, rows in whole.embedding.vectors.items())
+    assert outcome.losses == whole.losses
+    assert outcome.record["stages"] == whole.record["stages"]
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+def copy_of(state: dict) -> dict:
+    """As a file gives it back."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
 
 
 @pytest.mark.parametrize("optimizer", available_optimizers())
 def test_every_optimizer_goes_on(optimizer) -> None:
     stage, request = replace(STAGE, optimizer=optimizer, learning_rate="", steps=12), replace(BASE, ema=0.5, warmup=3)
 
-    kept: list[bytes] = []
-
-    def keep(fit: Fit) -> None:
-        buffer = io.BytesIO()
-        torch.save(fit.state(), buffer)
-        kept.append(buffer.getvalue())
-
+    kept: list[dict] = []
     whole = make(stage, request)
     list(whole.run())
     first = make(stage, request)
-    first.keep = keep
+    first.keep = lambda fit: kept.append(copy_of(fit.state()))
     list(first.run())
     second = make(stage, request)
-    second.restore(torch.load(io.BytesIO(kept[5]), weights_only=True))
+    second.restore(kept[5])
     assert second.steps_run == 6
     list(second.run())
     assert second.losses == whole.losses
     assert torch.equal(second.best["clip_l"], whole.best["clip_l"])
+    assert torch.equal(second.vectors["clip_l"], whole.vectors["clip_l"])
+
+
+def test_a_rate_that_was_halved_stays_halved() -> None:
+    class Broken(Bowl):
+        def losses(self, vectors, entries):
+            for loss in super().losses(vectors, entries):
+                yield loss * float("nan") if self.calls == 3 else loss
+
+    stage, kept = replace(STAGE, steps=12), []
+    whole = make(stage, objective=Broken())
+    whole.keep = lambda fit: kept.append(copy_of(fit.state()))
+    list(whole.run())
+    second = make(stage)
+    second.restore(kept[5])
+    list(second.run())
+    assert second.halvings == whole.halvings == 1
     assert torch.equal(second.vectors["clip_l"], whole.vectors["clip_l"])
 
 
