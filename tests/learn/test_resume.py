@@ -62,10 +62,7 @@ def state_of(request: EstimateRequest):
 @pytest.mark.parametrize(
     ("change", "stop"),
     [
-        (
-            {"part": Part.AUTO, "steps": 8},
-            (4, 8),
-        ),  # in the first stage, and before the third
+        ({"part": Part.AUTO, "steps": 8}, 8),  # before the third, which goes on with what L-BFGS has learnt
         ({"part": Part.AUTO, "use": Use.ANYWHERE, "effort": Effort.QUICK, "steps": 4, "ema": 0.5}, 3),
         ({"prompt": "(red:1.6) dot", "vectors": AUTO_VECTORS, "tolerance": 0.0}, 5),
     ],
