@@ -322,7 +322,12 @@ class Tab:
 
     def _run_stopped(self, values: Sequence[Any]) -> Iterator[list[Any]]:
         """Goes on with the stopped run of a name."""
-        yield from self._in_words(lambda *rest: self._estimated(self.stopped.request(values[0]), *rest))
+        try:
+            request = self.stopped.request(values[0])
+        except EstimateError as error:
+            yield self._failed(str(error))
+            return
+        yield from self._in_words(self._estimated, request)
 
     def _in_words(self, work: Callable[..., Iterator[list[Any]]], *given: Any) -> Iterator[list[Any]]:
         """work(*given, cancel, begun), where whatever goes wrong becomes a sentence. `begun` is what takes the results
@@ -430,14 +435,19 @@ class Tab:
         )  # fmt: skip
 
     def _failed(
-        self, sentence: str, unexpected: Exception | None = None, values: Sequence[Any] = (), **more: Any
+        self,
+        sentence: str,
+        unexpected: Exception | None = None,
+        values: Sequence[Any] | EstimateRequest = (),
+        **more: Any,
     ) -> list[Any]:
-        """Shows the sentence; of an unexpected error, with the tab's values then, what to paste into a bug report."""
+        """Shows the sentence; of an unexpected error, with the tab's values then or the request that they made, what to
+        paste into a bug report."""
         said = markup.failed(sentence)
         if unexpected is not None:
             request = None
             with suppress(Exception):  # the values may be what is wrong
-                request = self._request(values)
+                request = values if isinstance(values, EstimateRequest) else self._request(values)
             said += markup.folded("To paste into a bug report", bug_report(unexpected, request, self.shell.about))
         return self._shown(progress=markup.idle(), result=said, done="", **more)
 

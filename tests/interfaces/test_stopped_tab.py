@@ -81,6 +81,18 @@ def test_the_newest_comes_first_and_each_can_be_dropped(host, request_, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_goes_wrong_then_is_a_sentence_and_a_report_without_the_prompt(host, request_, tmp_path) -> None:
+    tab = made(Batched(host, tmp_path))
+    stop(request_, host)
+    tab.shell.host = lambda: int(request_.prompt)
+    *_, last = tab._run_stopped([request_.name])
+    assert "Unexpected ValueError" in last[3]
+    report = last[3].partition("bug report")[2]
+    assert "ValueError" in report
+    assert "red" not in report
+    assert tab.stopped.look()[2] == request_.name  # it is still there
+
+
 def test_what_is_no_state_is_not_offered(tmp_path, host) -> None:
     (tmp_path / ".embedding-estimate-0123456789abcdef.run").write_bytes(b"nothing")
     assert made(Batched(host, tmp_path)).stopped.look()[2] == ""
