@@ -1,6 +1,6 @@
 // What Gradio can't do: the webui's own progress display, finding a run again after the page was closed, counting the
-// tokens once typing has stopped, and putting a name into the prompt of another tab. Touches nothing but elements of
-// ours and the prompt it is asked to fill.
+// tokens once typing has stopped, looking for a run that was stopped, and putting a name into the prompt of another
+// tab. Touches nothing but elements of ours and the prompt it is asked to fill.
 
 const embeddingEstimateTask = "embedding_estimate_task_id";
 let embeddingEstimateLeaving = false;
@@ -43,6 +43,13 @@ function embeddingEstimateRestore() {
     return id ? embeddingEstimateFollow(id, 0) : "";
 }
 
+let embeddingEstimateLooked = false;
+
+function embeddingEstimateLook() {
+    embeddingEstimateLooked = true;
+    return [];
+}
+
 function embeddingEstimateSend(name, tab, negative) {
     const field = gradioApp().querySelector(`#${tab}_${negative ? "neg_prompt" : "prompt"} textarea`);
     if (!name || !field) {
@@ -67,6 +74,13 @@ function embeddingEstimateCount(name) {
 if (typeof onUiLoaded === "function") {
     onUiLoaded(() => {
         ["prompt", "negative"].forEach(embeddingEstimateCount);
+        const looking = setInterval(() => { // as below
+            if (embeddingEstimateLooked) {
+                clearInterval(looking);
+            } else {
+                gradioApp().getElementById("embedding_estimate_stopped_look")?.click();
+            }
+        }, 300);
         if (!localGet(embeddingEstimateTask)) {
             return;
         }

@@ -37,7 +37,7 @@ STOPPED = "interrupted, the best so far is saved"
 DROPPED = "interrupted, nothing saved"
 STOPPED_BEFORE = "made before, but interrupted: --overwrite makes it again"
 FAILED = "failed: "
-WHERE = ("name", "out", "subfolder", "overwrite")  # fields that don't change what is made
+WHERE = ("name", "out", "subfolder", "overwrite", "checkpoint_every", "resume")  # fields that don't change what is made
 HEADINGS = ("name", "vectors", "picture error", "recovered", "cost in pictures", "state")
 PATIENCE = 600.0  # seconds without a sign of life after which another process is given up
 

@@ -17,16 +17,19 @@ from typing import Any
 import torch
 
 from lib_estimate.errors import EstimateError, ReportFailed
-from lib_estimate.files import names, writing
+from lib_estimate.files import names
+from lib_estimate.files.claim import claimed
 from lib_estimate.files.destination import free_path
 from lib_estimate.files.embedding import Embedding, Vectors
+from lib_estimate.files.rescue import save_all
 from lib_estimate.hosts.base import Conditioning, Host, ModelInfo, Session
 from lib_estimate.hosts.several import sessions_of
 from lib_estimate.learn.continued import Continued, continued
 from lib_estimate.learn.count import starting_vectors
 from lib_estimate.learn.initial import initial_vectors, wanted_count
-from lib_estimate.learn.learning import Run, learn
+from lib_estimate.learn.learning import Run, come_to, learn
 from lib_estimate.learn.needs import Case, shared, shortage, shortage_said
+from lib_estimate.learn.resume import RunState
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
 from lib_estimate.report.against_start import Kept, measure_against
 from lib_estimate.report.checkpoints import court_of, exact_on
@@ -105,26 +108,35 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
     if request.take_over_lora and request.use is Use.ANYWHERE:
         request = replace(request, use=Use.WHOLE)
         yield Note(LORA_AS_WHOLE)
-    with sessions_of(host, tags=request.take_over_lora) as sessions, shortage_said(request, sessions):
+    claim = claimed(Path(request.out), request.name)
+    with claim, sessions_of(host, tags=request.take_over_lora) as sessions, shortage_said(request, sessions):
         infos = [session.info for session in sessions]
         path = destination(request, infos)
         yield from notes_on(request, sessions[0], origin)
         check_tags(request, sessions[0])
         alone, bill = targets_on(request, sessions), Bill(sessions)
-        run, start, counts = yield from learnt(request, sessions, alone, cancel, bill)
-        chosen = report_sentences(request) if run.stages else ()
-        if cancel.wanted == "discard":
-            raise Interrupted("Interrupted. Nothing was saved.")
+        with RunState(request, infos, alone[0].wanted(0)[0][1]).kept(cancel) as state:
+            yield from state.notes()
+            run, start, counts = yield from learnt(request, sessions, alone, cancel, bill, state=state)
+            chosen = report_sentences(request) if run.stages else ()
+            if cancel.wanted == "discard":
+                raise Interrupted("Interrupted. Nothing was saved.")
 
-        facts = facts_of(request, infos, run, counts, origin)
-        try:
-            fidelity = yield from _report(request, sessions, alone, run, start, chosen, origin)
-        except BaseException as error:  # whatever stops the report, what was learnt must not be lost
-            writing.save(Embedding(path.stem, run.best, facts), path, overwrite=request.overwrite)
-            raise saved_anyway(error, [path], request, sessions) from error
-        bill.charge("report")
-        embedding = Embedding(path.stem, run.best, {**facts, **fidelity.figures(), "forwards": bill.forwards})
-        writing.save(embedding, path, overwrite=request.overwrite)
+            facts = facts_of(request, infos, run, counts, origin)
+
+            def save(more: dict[str, Any]) -> Embedding:
+                made = Embedding(path.stem, run.best, {**facts, **more})
+                save_all([(made, path)], overwrite=request.overwrite)
+                state.remove()
+                return made
+
+            try:
+                fidelity = yield from _report(request, sessions, alone, run, start, chosen, origin)
+            except BaseException as error:  # whatever stops the report, what was learnt must not be lost
+                save({})
+                raise saved_anyway(error, [path], request, sessions) from error
+            bill.charge("report")
+            embedding = save({**fidelity.figures(), "forwards": bill.forwards})
         seconds = time.perf_counter() - started
         record = record_of(request, path, infos[0], run, counts, fidelity, seconds) | {"forwards": bill.forwards}
         record |= {} if origin is None else origin.facts() | {"step": facts["step"]}
@@ -139,10 +151,11 @@ def learnt(
     cancel: Cancel,
     bill: Bill,
     materials: list[Material] | None = None,
+    state: RunState | None = None,
 ) -> Iterator[Progress]:
     """The Run of one word, the vectors it started from, and the errors by number of vectors where that was tried.
 
-    materials: what was recorded of it already.
+    materials: what was recorded of it already. state: where it is kept, and from where it may go on.
     """
     origin = continued(request)
     session = sessions[0]
@@ -152,6 +165,9 @@ def learnt(
         return Run(start, [], [], "the start is exact"), start, {}
     if origin is not None and own_tokens_do(replace(request, continue_from=""), sessions, alone):
         yield Note(LEAVE_IT_OUT)
+    saved = None if state is None else state.start_on(session.info.device)
+    if saved is not None and state.saved.finished:
+        return come_to(state, saved[0])[0], *saved
     if materials is None:
         yield from arrange(request, sessions, alone[0])
         materials = []
@@ -160,8 +176,10 @@ def learnt(
             if len(sessions) > 1:
                 each.place()  # the next one needs the room
         bill.charge("recording")
-    start, counts = yield from starting_vectors(request, session, materials, cancel)
-    run = yield from learn(request, session, materials, start, cancel)
+    start, counts = saved or (yield from starting_vectors(request, session, materials, cancel))
+    if state is not None and saved is None:
+        state.begin(start, counts)
+    run = yield from learn(request, session, materials, start, cancel, state)
     bill.charge("learning")
     return run, start, counts
 
@@ -191,7 +209,7 @@ def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
 
 def check_destination(request: EstimateRequest) -> Path:
     """Where the file will be, before the model is known. Refuses bad requests, a file to continue that can't be read,
-    and a name that is taken."""
+    a name that is taken, and a place where no file can be written."""
     continued(request.validate())
     return free_path(request)
 

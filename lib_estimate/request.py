@@ -214,6 +214,15 @@ class EstimateRequest:
     subfolder: str = _field("", "folder inside it for new files. Blank: none")
     format: Format = _field(Format.AUTO, "file format. auto: pt, which every webui reads, and for SDXL safetensors")
     overwrite: bool = _field(False, "replace an embedding file of that name")
+    checkpoint_every: int = _field(
+        10,
+        "learning steps after which the state of the run is saved beside the file, in case its process dies; it is "
+        "removed when the run ends. 0: never. Not for several words at once",
+        low=0, high=100_000,
+    )  # fmt: skip
+    resume: bool = _field(
+        False, "go on where a run of this name was stopped, to the same vectors as without the stop; else begin anew"
+    )
 
     def validate(self) -> EstimateRequest:
         """Returns itself, or raises RequestError naming the first field that is wrong and what to do."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 
 from lib_estimate import job
 from lib_estimate.errors import RequestError
-from lib_estimate.files import writing
+from lib_estimate.files.claim import claimed
 from lib_estimate.files.destination import first_name
 from lib_estimate.files.embedding import Embedding, Vectors
+from lib_estimate.files.rescue import save_all
 from lib_estimate.hosts.base import Host, Network, Session
 from lib_estimate.hosts.several import each_of
 from lib_estimate.learn.initial import initial_vectors
@@ -65,9 +67,14 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
         raise RequestError(ONE_MODEL)
     cancel, started = cancel or Cancel(), time.perf_counter()
     job.check_destination(replace(request, name=first_name(request)))
-    with host.session() as session, shortage_said(request, [session]):
+    folder, first = Path(request.out), first_name(request).strip()
+    with ExitStack() as stack:
+        stack.enter_context(claimed(folder, first))
+        session = stack.enter_context(host.session())
+        stack.enter_context(shortage_said(request, [session]))
         session.place(Network.TEXT)
         apart = taken_apart(request, session)
+        stack.enter_context(claimed(folder, *(word.name for word in apart.words if word.name != first)))
         paths = [job.destination(word, [session.info]) for word in apart.words]
         yield from job.notes_on(request, session, None)
         if len(apart.words) == 1:
@@ -81,8 +88,7 @@ def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None)
                 Embedding(path.stem, one.run.best, {**about, **more})
                 for path, one, about in zip(paths, learnt, facts, strict=True)
             ]
-            for embedding, path in zip(made, paths, strict=True):
-                writing.save(embedding, path, overwrite=request.overwrite)
+            save_all(list(zip(made, paths, strict=True)), overwrite=request.overwrite)
             return made
 
         try:

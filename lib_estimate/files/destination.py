@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lib_estimate.errors import EmbeddingFileError
 from lib_estimate.files import names
+from lib_estimate.files.places import check_place
 from lib_estimate.request import EstimateRequest, Format
 
 
@@ -15,7 +16,8 @@ def first_name(request: EstimateRequest) -> str:
 
 
 def free_path(request: EstimateRequest) -> Path:
-    """The file that a request of one embedding will write; EmbeddingFileError where its name can't be used or is taken.
+    """The file that a request of one embedding will write; EmbeddingFileError where its name can't be used or is taken,
+    or where no file can be written.
 
     A name is taken by a file of any format, in the folder or below it. Overwriting replaces that very file.
     """
@@ -27,6 +29,7 @@ def free_path(request: EstimateRequest) -> Path:
     except OSError as error:  # such as a folder whose name is too long
         raise EmbeddingFileError(f"{path.parent} can't be looked at: {error.strerror or error}.") from error
     if existing is None:
+        check_place(path, "The embedding")
         return path
     if not request.overwrite:
         raise EmbeddingFileError(f"{existing} exists already. Choose another name, or allow overwriting (--overwrite).")
@@ -34,4 +37,5 @@ def free_path(request: EstimateRequest) -> Path:
         raise EmbeddingFileError(
             f"{existing} has this name, and can't be overwritten: it is no .pt or .safetensors file."
         )
+    check_place(existing, "The embedding")
     return existing

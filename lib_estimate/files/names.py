@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import unicodedata
@@ -130,13 +131,13 @@ def find_readable(folder: Path, name: str) -> Path | None:
 def listed(folder: Path) -> list[str]:
     """The names of the embedding files in the folder and below, cards left out."""
     suffixes = set(EMBEDDING_SUFFIXES) - set(IMAGE_SUFFIXES)
-    found = {path.stem for path in _files_below(Path(folder)) if path.suffix.lower() in suffixes}
+    found = {path.stem for path in files_below(Path(folder)) if path.suffix.lower() in suffixes}
     return sorted(found, key=folded)
 
 
 def _called(folder: Path, name: str) -> Iterator[Path]:
     wanted = folded(name)
-    for path in _files_below(Path(folder)):
+    for path in files_below(Path(folder)):
         if path.suffix.lower() in EMBEDDING_SUFFIXES and folded(path.stem) == wanted:
             yield path
 
@@ -146,7 +147,12 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip().casefold()
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def key_of(name: str) -> str:
+    """What hidden files of a name are called: the name itself may be too long for that."""
+    return hashlib.sha256(folded(name).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def files_below(folder: Path) -> Iterator[Path]:
     """Files, nearest first within each folder; through links too, as webuis look, but through each only once."""
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):

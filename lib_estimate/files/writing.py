@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 
 from lib_estimate.errors import EmbeddingFileError
 from lib_estimate.files.embedding import RECORD_KEY, Embedding, plain_vectors
-from lib_estimate.files.names import FORMATS, check_name
+from lib_estimate.files.names import FORMATS, check_name, key_of
+from lib_estimate.files.places import hidden
 from lib_estimate.files.reading import read_as
 
 
@@ -47,8 +47,7 @@ def save(embedding: Embedding, path: Path, *, overwrite: bool = False) -> None:
 
 
 def _write(plain: Embedding, data: bytes, path: Path, overwrite: bool) -> None:
-    # The ending keeps webuis from reading the file while it grows; the short name fits wherever the final one does.
-    temporary = path.with_name(f".embedding-estimate-{secrets.token_hex(8)}.tmp")
+    temporary = hidden(path.parent, key_of(path.stem))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
@@ -91,17 +90,12 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
     except FileExistsError:
         raise _taken(path) from None
     except OSError:
-        pass  # no hard links on this file system (exFAT, some network drives): claim the name with an empty file
-    try:
-        open(path, "xb").close()
-    except FileExistsError:
-        raise _taken(path) from None
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            path.unlink()
-        raise
+        pass  # no hard links on this file system (exFAT, some network drives)
+    if os.path.lexists(path):
+        raise _taken(path)
+    # On Windows this never replaces a file. Elsewhere it would replace one that appeared since the look just now; but
+    # to claim the name with an empty file first would leave that, where the process is killed before this line.
+    os.rename(temporary, path)
 
 
 def _taken(path: Path) -> EmbeddingFileError:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from modules import call_queue, devices, paths_internal, processing, progress, s
 from modules.options import OptionInfo
 
 from lib_estimate.errors import ModelError
+from lib_estimate.files.places import hidden
 from lib_estimate.hosts import webui_checkpoints
 from lib_estimate.hosts.base import Host
 from lib_estimate.hosts.family import family
@@ -188,7 +188,7 @@ def save_card(path: Path, picture: Any, description: str, *, overwrite: bool) ->
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".embedding-estimate-{secrets.token_hex(8)}.tmp")
+    temporary = hidden(path.parent)
     try:
         write(temporary)
         temporary.replace(path)

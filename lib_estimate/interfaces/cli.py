@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TextIO
 from lib_estimate.errors import EstimateError
 from lib_estimate.files import lists
 from lib_estimate.files.destination import first_name, free_path
+from lib_estimate.files.places import check_place
 from lib_estimate.interfaces import show
 from lib_estimate.request import MEASURED_BY, EstimateRequest, ModelOptions, Use
 
@@ -31,6 +32,7 @@ CHECKOUT = Path(__file__).parents[2]
 DEMO_MODEL = CHECKOUT / "tests" / "shapes_sd" / "shapes_sd.safetensors"
 DEMO_PROMPT = "a (small:1.5) red circle to the left of a large blue star"
 SHORT_FLAGS = {"learning_rate": "--lr", "continue_from": "--continue"}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -220,13 +222,14 @@ def _fit(args: argparse.Namespace) -> int:
     request = _filled(EstimateRequest, args)
     first = replace(request, name=first_name(request))
     free_path(first.validate())  # torch takes seconds to load
+    _check_output(args)
 
     from lib_estimate import job
 
     job.check_destination(first)  # before the model is loaded
     outcome = _run(request, _checkpoints(args))
-    _output(args, outcome.record, outcome.fidelity, outcome.title)
     _results(args).write(_summary(outcome))
+    _output(args, outcome.record, outcome.fidelity, outcome.title)
     return 0
 
 
@@ -316,13 +319,29 @@ class _Bars:
             self.bar.set_postfix(loss=f"{progress.loss:.4f}", error=f"{progress.best_error:.4f}", refresh=False)
 
 
+def _check_output(args: argparse.Namespace) -> None:
+    """Refuses files that couldn't be written at the end."""
+    for flag, file in (("--json", args.json), ("--sheet", args.sheet)):
+        if file and str(file) != "-":
+            check_place(Path(file), flag, in_place=True)
+    if args.sheet and args.sheet.suffix.lower() not in PICTURES:
+        raise EstimateError(f"--sheet is {args.sheet}: its name must end in {', '.join(PICTURES)}.")
+
+
 def _output(args: argparse.Namespace, record: dict[str, Any], fidelity: Any, name: str) -> None:
-    if args.sheet and fidelity.pictures:
-        _save_sheet(args.sheet, fidelity, record["prompt"], name)
-    if args.json == "-":
-        sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    elif args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    try:
+        if args.sheet and fidelity.pictures:
+            _save_sheet(args.sheet, fidelity, record["prompt"], name)
+        if args.json == "-":
+            sys.stdout.write(text)
+        elif args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EstimateError(
+            f"{error.filename or 'The output'} was not written: {error.strerror or error}. All else is done."
+        ) from error
 
 
 def _save_sheet(path: Path, fidelity: Any, prompt: str, name: str) -> None:
@@ -354,6 +373,7 @@ def _summary(outcome: Any) -> str:
 def _measure(args: argparse.Namespace) -> int:
     request = _filled(EstimateRequest, args)
     request.validate()
+    _check_output(args)
 
     from lib_estimate.files import reading
     from lib_estimate.hosts.several import together

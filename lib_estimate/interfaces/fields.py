@@ -40,6 +40,7 @@ LABELS = {
     "cfg_scale": "CFG scale",
     "sampling_steps": "Sampling steps",
     "images": "Pictures to compare",
+    "resume": "Go on",
 }
 WORDS = {  # value -> what the tab calls it
     "prompt": "Prompt",
@@ -70,6 +71,8 @@ OPTION = re.compile(r"--([a-z][a-z-]*)(?: ([a-z_-]+)\b)?")
 LEFT_OUT = {
     "out": "the program's own folder of embeddings",
     "subfolder": "a setting of the program",
+    "checkpoint_every": "what the command line does unless told otherwise",
+    "resume": "a button, where a stopped run is found",
 }
 
 
@@ -154,7 +157,7 @@ def in_the_tab(sentence: str) -> str:
 
     def called(found: re.Match) -> str:
         name, value = found[1].replace("-", "_"), found[2]
-        if name not in EstimateRequest.__dataclass_fields__ or name in LEFT_OUT:
+        if name not in EstimateRequest.__dataclass_fields__ or (name in LEFT_OUT and name not in LABELS):
             return found[0]
         label = LABELS.get(name, name.replace("_", " ").capitalize())
         if value in (field_of(name).metadata["choices"] or ()):

@@ -13,6 +13,7 @@ from typing import Any
 from lib_estimate.batch import Batch, Ledger, Row, Share, table, write_table
 from lib_estimate.errors import EstimateError
 from lib_estimate.files import lists
+from lib_estimate.files.places import check_place
 from lib_estimate.job import Outcome
 from lib_estimate.progress import Cancel
 from lib_estimate.request import EstimateRequest, ModelOptions
@@ -34,6 +35,8 @@ def run(
     share = Share.of(os.environ)
     lines, notes = listed
     batch = Batch(lines, share)
+    if table_file is not None:
+        check_place(table_file, "--table", in_place=True)
     beside = _beside(file, common, table_file)
     ledger = Ledger(beside, batch) if share.count > 1 else None
     cancel = Cancel()

@@ -33,6 +33,7 @@ from lib_estimate.interfaces.fields import (
 from lib_estimate.interfaces.inside_tab import InsideTab
 from lib_estimate.interfaces.pictures import cards, gallery
 from lib_estimate.interfaces.shell import Shell, taken_in
+from lib_estimate.interfaces.stopped_tab import StoppedTab
 from lib_estimate.interfaces.tab_batch import BatchFields, watched
 from lib_estimate.interfaces.view import View, measuring, views
 from lib_estimate.job import Outcome, cost_sentence
@@ -69,7 +70,10 @@ COPY = """(name) => {
 def build(shell: Shell) -> gr.Blocks:
     """The tab."""
     with gr.Blocks(analytics_enabled=False) as blocks:
-        Tab(shell).lay_out()
+        tab = Tab(shell)
+        tab.lay_out()
+        if shell.live:  # in a webui these are blocks among others, whose page our script watches
+            blocks.load(tab.stopped.look, inputs=[], outputs=tab.stopped.outputs)
     return blocks
 
 
@@ -77,7 +81,7 @@ class Tab:
     """The components of one tab and what happens between them."""
 
     def __init__(self, shell: Shell) -> None:
-        self.shell, self.inside = shell, InsideTab(shell)
+        self.shell, self.inside, self.stopped = shell, InsideTab(shell), StoppedTab(shell)
         self.fields: dict[str, Any] = {}
         self.cancel: Cancel | None = None  # of the run that goes on
         self.batch = BatchFields(shell.styles, shown=not shell.live)
@@ -96,6 +100,7 @@ class Tab:
                 self._folded("Generations learnt from", GENERATION)
                 self.inside.lay_out()
             with gr.Column(scale=1, elem_id=identifier("results")):
+                self.stopped.lay_out()
                 self._results()
         self._connect()
 
@@ -199,6 +204,8 @@ class Tab:
         self._connect_run(self.batch.start, self._run_batch, of_batch)
         of_measuring = [self.task, self.inside.name, self.inside.checkpoints, *self.fields.values()]
         self._connect_run(self.inside.measure, self._run_measuring, of_measuring)
+        self._connect_run(self.stopped.go_on, self._run_stopped, [self.task, self.stopped.name])
+        self.stopped.connect(**({} if self.shell.live else {JS: "embeddingEstimateLook"}))
         self.inside.connect(**self._alone)
         if not self.shell.live:
             self.restored.click(
@@ -238,10 +245,11 @@ class Tab:
             return self.shell.wrap(through, [gr.update()] * (len(self.outputs) - 1))(task, *values)
 
         if self.shell.live:
-            button.click(live, inputs=inputs, outputs=self.outputs, show_progress="hidden", **self._alone)
+            end = button.click(live, inputs=inputs, outputs=self.outputs, show_progress="hidden", **self._alone)
         else:
             submit = {JS: "embeddingEstimateSubmit"}
-            button.click(in_turn, inputs=inputs, outputs=self.outputs, show_progress="hidden", **submit)
+            end = button.click(in_turn, inputs=inputs, outputs=self.outputs, show_progress="hidden", **submit)
+        end.then(self.stopped.look, inputs=[], outputs=self.stopped.outputs, queue=False, show_progress="hidden")
 
     def _noted(self, shown: list[Any], note: str) -> list[Any]:
         """The outputs with a note under the result."""
@@ -312,6 +320,15 @@ class Tab:
         name, checkpoints, *others = values
         yield from self._in_words(self._measure, name, checkpoints, others)
 
+    def _run_stopped(self, values: Sequence[Any]) -> Iterator[list[Any]]:
+        """Goes on with the stopped run of a name."""
+        try:
+            request = self.stopped.request(values[0])
+        except EstimateError as error:
+            yield self._failed(str(error))
+            return
+        yield from self._in_words(self._estimated, request)
+
     def _in_words(self, work: Callable[..., Iterator[list[Any]]], *given: Any) -> Iterator[list[Any]]:
         """work(*given, cancel, begun), where whatever goes wrong becomes a sentence. `begun` is what takes the results
         of an older run away; `work` fills it in once there is a new one."""
@@ -344,7 +361,10 @@ class Tab:
         return self._shown(progress=markup.bar(0.0, None, "Starting"), result="", done="", **begun)
 
     def _estimate_one(self, values: Sequence[Any], cancel: Cancel, begun: dict[str, Any]) -> Iterator[list[Any]]:
-        request = self._request(values).validate()
+        yield from self._estimated(self._request(values), cancel, begun)
+
+    def _estimated(self, request: EstimateRequest, cancel: Cancel, begun: dict[str, Any]) -> Iterator[list[Any]]:
+        request.validate()
         yield self._begin(begun)
         for view in views(request, self.shell.host(), cancel):
             self._show(view, cancel)
@@ -415,14 +435,19 @@ class Tab:
         )  # fmt: skip
 
     def _failed(
-        self, sentence: str, unexpected: Exception | None = None, values: Sequence[Any] = (), **more: Any
+        self,
+        sentence: str,
+        unexpected: Exception | None = None,
+        values: Sequence[Any] | EstimateRequest = (),
+        **more: Any,
     ) -> list[Any]:
-        """Shows the sentence; of an unexpected error, with the tab's values then, what to paste into a bug report."""
+        """Shows the sentence; of an unexpected error, with the tab's values then or the request that they made, what to
+        paste into a bug report."""
         said = markup.failed(sentence)
         if unexpected is not None:
             request = None
             with suppress(Exception):  # the values may be what is wrong
-                request = self._request(values)
+                request = values if isinstance(values, EstimateRequest) else self._request(values)
             said += markup.folded("To paste into a bug report", bug_report(unexpected, request, self.shell.about))
         return self._shown(progress=markup.idle(), result=said, done="", **more)
 

@@ -25,7 +25,41 @@ from lib_estimate.request import EstimateRequest
 CHECKS = 20  # how often at the most the validation error is measured in a run
 HALVINGS = 3  # how often the learning rate is halved where the loss was not a number
 LESS_SCALE = 64.0  # what the scale of the loss is divided by where the gradient is too large for float16
+REMEMBERED = (  # of a fit that stops
+    "best_error", "start_error", "losses", "steps_run", "since_better", "lightened", "widened", "halvings",
+    "loss_scale",
+)  # fmt: skip
+NOT_OF_A_FIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # by what else a file holds
+DAMAGED = "What the stopped run left is damaged. Leave --resume out to begin anew."
 WORTHWHILE = 0.995  # an error counts as smaller below this share of the best
+
+
+@dataclass
+class Ended:
+    """Where a fit ended: what the next stage's may go on with."""
+
+    optimizer_name: str
+    vectors: Vectors
+    optimizer: torch.optim.Optimizer
+
+    def state(self) -> dict[str, Any]:
+        """As plain values and tensors."""
+        return {
+            "optimizer_name": self.optimizer_name,
+            "vectors": _detached(self.vectors),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], like: Vectors) -> Ended:
+        """like: vectors on the device where it goes on. EstimateError where it can't be what a fit left."""
+        try:
+            vectors = _learnable(state["vectors"], like)
+            optimizer = make_optimizer(state["optimizer_name"], list(vectors.values()), 1.0)
+            optimizer.load_state_dict(state["optimizer"])
+            return cls(state["optimizer_name"], vectors, optimizer)
+        except NOT_OF_A_FIT as error:
+            raise EstimateError(DAMAGED) from error
 
 
 @dataclass
@@ -39,7 +73,8 @@ class Fit:
     validate: Callable[[Vectors], float]
     cancel: Cancel
     loss_scale: float = 1.0  # keeps float16 gradients from vanishing on their way back; taken out again
-    before: Fit | None = None  # another fit, of a loss much like this one, whose L-BFGS goes on in this one
+    before: Ended | None = None  # another fit, of a loss much like this one, whose L-BFGS goes on in this one
+    keep: Callable[[Fit], None] = lambda fit: None  # told of every point from which it can go on
 
     def __post_init__(self) -> None:
         self.best = {key: rows.detach().clone() for key, rows in self.start.items()}
@@ -50,6 +85,8 @@ class Fit:
         self.lightened = False  # whether memory was short, so that it went on with less of it and slower
         self.widened = False  # whether numbers were too large for float16, so that it went on in bfloat16
         self.halvings = 0  # of the learning rate, because the loss was not a number
+        self.since_better = 0  # checks
+        self._stopped_at: dict[str, Any] | None = None
         self.best_error = self.start_error = self.validate(self.best)
         if not math.isfinite(self.best_error) and self.objective.widen():
             self.widened, self.loss_scale = True, 1.0
@@ -58,22 +95,16 @@ class Fit:
     def run(self) -> Iterator[StepReport]:
         request, stage, started = self.request, self.stage, time.perf_counter()
         rate_at, entry = rates(stage, request.warmup), OPTIMIZERS[stage.optimizer]
-        generator = torch.Generator().manual_seed(request.seed)
+        self.generator = generator = torch.Generator().manual_seed(request.seed)
         drawn = self.objective.draw(generator, True) if entry.closure else None
-        if self._goes_on():
-            vectors, optimizer = self.before.vectors, self.before.optimizer
-            self._carry_over(optimizer, vectors, drawn)
-        else:
-            vectors = {key: rows.detach().clone().requires_grad_(True) for key, rows in self.start.items()}
-            optimizer = make_optimizer(stage.optimizer, list(vectors.values()), rate_at(0))
-        self.vectors, self.optimizer = vectors, optimizer
-        average = {key: rows.detach().clone() for key, rows in vectors.items()}
-        every, since_better = max(1, math.ceil(stage.steps / CHECKS)), 0
+        self._begin(rate_at(0), drawn)
+        vectors, average, first = self.vectors, self.average, self.steps_run
+        every = max(1, math.ceil(stage.steps / CHECKS))
         # Reading a loss off a GPU makes the CPU wait for it, so there it is done only where a check is due anyway.
         report_every = 1 if next(iter(vectors.values())).device.type == "cpu" else every
         pending: list[Tensor] = []
 
-        for step in range(stage.steps):
+        for step in range(first, stage.steps):
             # learning rate, one optimizer step
             rate = rate_at(step) / 2**self.halvings
             for group in self.optimizer.param_groups:
@@ -104,9 +135,9 @@ class Fit:
                 error = self._check(average)
                 # While a falling learning rate is high, an error that stays says nothing about where it will end.
                 settling = stage.schedule == "constant" or step + 1 > stage.steps / 2
-                since_better = 0 if error < WORTHWHILE * before or not settling else since_better + 1
+                self.since_better = 0 if error < WORTHWHILE * before or not settling else self.since_better + 1
             seconds = time.perf_counter() - started
-            left = seconds / (step + 1) * (stage.steps - step - 1)
+            left = seconds / (step + 1 - first) * (stage.steps - step - 1)
             part, loss = stage.goal.value, self.losses[-1]
             yield StepReport(
                 part, step + 1, stage.steps, loss, rate, seconds, left, error, self.best_error, self.start_error
@@ -118,14 +149,74 @@ class Fit:
                     self._check(average)
                 self.stopped = "interrupted"
                 break
-            if request.patience and since_better >= request.patience:
-                self.stopped = f"the error has not fallen in {since_better * every} steps"
+            if request.patience and self.since_better >= request.patience:
+                self.stopped = f"the error has not fallen in {self.since_better * every} steps"
                 break
+            self.keep(self)
+
+    def _begin(self, rate: float, drawn: Any) -> None:
+        """Vectors, optimizer and average: new ones, those of the fit before, or as they were when a run stopped."""
+        if self._stopped_at is not None:
+            self._go_on(self._stopped_at)
+            return
+        if self._goes_on():
+            self.vectors, self.optimizer = self.before.vectors, self.before.optimizer
+            self._carry_over(self.optimizer, self.vectors, drawn)
+        else:
+            self.vectors = {key: rows.detach().clone().requires_grad_(True) for key, rows in self.start.items()}
+            self.optimizer = make_optimizer(self.stage.optimizer, list(self.vectors.values()), rate)
+        self.average = _detached(self.vectors)
+
+    # ---- to go on in another process ----
+
+    def ended(self) -> Ended:
+        return Ended(self.stage.optimizer, self.vectors, self.optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs, as plain values and tensors."""
+        rows = list(self.vectors.values())
+        return {
+            **self.ended().state(),
+            **{name: getattr(self, name) for name in REMEMBERED},
+            "best": self.best,
+            "average": self.average,
+            "generator": self.generator.get_state(),
+            # L-BFGS begins its next step with the answer it has for this point.
+            "answers": [answer for answer in self._answers if all(map(torch.equal, answer[0], rows))][:1],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """`run` goes on from what `state` said. EstimateError where that can't be of this stage."""
+        kinds = {name: type(getattr(self, name)) for name in REMEMBERED}
+        wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+        if wrong or not 0 < state["steps_run"] < self.stage.steps or state["optimizer_name"] != self.stage.optimizer:
+            raise EstimateError(DAMAGED)
+        self._stopped_at = state
+        for name in REMEMBERED:
+            setattr(self, name, state[name])
+        if self.widened:
+            self.objective.widen()
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        ended = Ended.restored(state, self.start)
+        self.vectors, self.optimizer = ended.vectors, ended.optimizer
+        device = next(iter(self.start.values())).device
+        try:
+            self.average, self.best = (
+                {k: v.to(device) for k, v in state[name].items()} for name in ("average", "best")
+            )
+            self.generator.set_state(state["generator"])
+            self._answers = [
+                ([point.to(device) for point in points], loss.to(device), [row.to(device) for row in gradient])
+                for points, loss, gradient in state["answers"]
+            ]
+        except NOT_OF_A_FIT as error:
+            raise EstimateError(DAMAGED) from error
 
     def _goes_on(self) -> bool:
         """Whether the fit before ended where this one starts, with the optimizer that keeps what it knows."""
         before = self.before
-        if before is None or {before.stage.optimizer, self.stage.optimizer} != {LBFGS}:
+        if before is None or {before.optimizer_name, self.stage.optimizer} != {LBFGS}:
             return False
         return all(torch.equal(rows, before.vectors[key].detach()) for key, rows in self.start.items())
 
@@ -245,6 +336,15 @@ def rates(stage: Stage, warmup: int) -> Callable[[int], float]:
     """The learning rate of each step, counted from 0."""
     rate = stage.learning_rate or str(default_learning_rate(stage.optimizer))
     return learning_rate_at(rate, stage.schedule, warmup, stage.steps)
+
+
+def _detached(vectors: Vectors) -> Vectors:
+    return {key: rows.detach().clone() for key, rows in vectors.items()}
+
+
+def _learnable(vectors: Vectors, like: Vectors) -> Vectors:
+    """Copies to learn, in the order and on the devices of others."""
+    return {key: vectors[key].detach().to(rows.device, copy=True).requires_grad_(True) for key, rows in like.items()}
 
 
 @torch.no_grad()

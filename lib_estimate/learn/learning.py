@@ -12,7 +12,7 @@ import torch
 from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts.base import Network, Session
 from lib_estimate.learn import plan
-from lib_estimate.learn.fit import Fit
+from lib_estimate.learn.fit import Ended, Fit
 from lib_estimate.learn.objectives.base import Objective, Together
 from lib_estimate.learn.objectives.cross_attention import CrossAttention, InSentences
 from lib_estimate.learn.objectives.denoising import Denoising
@@ -20,6 +20,7 @@ from lib_estimate.learn.objectives.hidden_state import HiddenState
 from lib_estimate.learn.objectives.sketch import Sketch, Sketched, SketchInSentences, sketched
 from lib_estimate.learn.plan import RUNS_THE_UNET, Goal, Stage
 from lib_estimate.learn.registry import LOSSES
+from lib_estimate.learn.resume import RunState
 from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
 from lib_estimate.report.fidelity import report_sentences
 from lib_estimate.request import HOLE, Effort, EstimateRequest
@@ -53,9 +54,14 @@ class Run:
 
 
 def learn(
-    request: EstimateRequest, session: Session, materials: list[Material], start: Vectors, cancel: Cancel
+    request: EstimateRequest,
+    session: Session,
+    materials: list[Material],
+    start: Vectors,
+    cancel: Cancel,
+    state: RunState | None = None,
 ) -> Iterator[Phase | Note | StepReport]:
-    """Runs the planned stages."""
+    """Runs the planned stages. state: where what goes on is kept, and from where it may go on."""
     target = materials[0].target
     steady = target.single() is not None
     held = len(next(iter(start.values())))
@@ -63,17 +69,24 @@ def learn(
     planned = plan.stages(request, composed=target.composed(), steady=steady, squeezed=squeezed)
     if not steady and plan.in_sentences(request, steady=True):
         yield Note("The prompt changes from step to step or has AND, so the embedding is made to be the whole prompt.")
-    lessons, run, fit = Lessons(request, session, materials), Run(start, [], [], ""), None
+    lessons, run, before = Lessons(request, session, materials), Run(start, [], [], ""), None
+    if state is not None:
+        run, before = come_to(state, start)
     if any(stage.goal in (Goal.SKETCH, Goal.NOISE_AND_SKETCH) for stage in planned):
         yield from lessons.record(cancel)
-    for stage in planned:
+    for stage in planned[len(run.stages) :]:
         place(materials, *plan.NETWORKS[stage.goal])
         objective, validate = lessons.of(stage)
         if run.stages and stage.goal in RUNS_THE_UNET:  # no stage before was judged by what the U-Net makes of it
             run.best = min(run.best, start, key=validate)
         scale = FLOAT16_LOSS_SCALE if session.info.dtype is torch.float16 else 1.0
-        fit = Fit(stage.sized(start), request, objective, run.best, validate, cancel, scale, before=fit)
-        yield from fit.run()
+        fit = Fit(stage.sized(start), request, objective, run.best, validate, cancel, scale, before)
+        if state is not None:
+            state.attend(fit)
+        for report in fit.run():
+            yield report
+            if state is not None:
+                yield from state.notes()
         run.best, run.stopped = fit.best, fit.stopped
         run.losses += fit.losses
         if fit.lightened:
@@ -83,11 +96,24 @@ def learn(
         if fit.halvings:
             yield Note(HALVED.format(share=2**fit.halvings))
         run.stages.append({**fit.stage.record(), "steps_run": fit.steps_run, "stopped": fit.stopped})
+        before = fit.ended()
         if cancel.wanted is not None:
             break
+        if state is not None:
+            state.stage_done(run, before)
     if plan.in_sentences(request, steady=steady):
         run.best = {key: torch.lerp(start[key], rows, SHARE_OF_THE_WAY) for key, rows in run.best.items()}
+    if state is not None and cancel.wanted is None:
+        state.done(run)
     return run
+
+
+def come_to(state: RunState, start: Vectors) -> tuple[Run, Ended | None]:
+    """What the stages of a stopped run came to, and where the last of them ended."""
+    saved = state.saved
+    best = {key: saved.best[key].to(rows.device) for key, rows in start.items()}
+    ended = None if saved.ended is None else Ended.restored(saved.ended, start)
+    return Run(best, list(saved.losses), list(saved.stages), saved.stopped), ended
 
 
 @dataclass

@@ -310,6 +310,7 @@ def broken_replace(monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(writing.os, "replace", replace)
+    monkeypatch.setattr(writing.os, "rename", replace)
 
 
 def broken_disk(monkeypatch):

@@ -325,7 +325,9 @@ QUICK = {
 def press(shell, button: str, *first) -> list[list]:
     """What a press of a button shows, one after the other; `first` are the inputs before the fields."""
     made = tab_module.build(shell)
-    (event,) = [f for f in made.fns.values() if any(made.blocks[t].elem_id == button for t, _ in f.targets)]
+    (event,) = [
+        f for f in made.fns.values() if any(t in made.blocks and made.blocks[t].elem_id == button for t, _ in f.targets)
+    ]
     names = [component.elem_id.removeprefix("embedding_estimate_") for component in event.inputs]
     assert names[: len(first)] == ["task", "batch_file", "batch_styles"]
     given = [QUICK.get(name, event.inputs[i].value) for i, name in enumerate(names) if i >= len(first)]
