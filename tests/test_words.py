@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib_estimate import job, words
-from lib_estimate.errors import EstimateError, RequestError
+from lib_estimate.errors import EstimateError, ReportFailed, RequestError
 from lib_estimate.files import reading
 from lib_estimate.hosts.standalone import StandaloneHost
 from lib_estimate.progress import Cancel, Next, Note, StepReport
@@ -144,7 +144,7 @@ def test_what_was_learnt_is_saved_when_the_report_fails(host, asked, monkeypatch
         raise RuntimeError("no report")
 
     monkeypatch.setattr(CourtOfWords, "_bank", broken)
-    with pytest.raises(RuntimeError, match="no report"):
+    with pytest.raises(ReportFailed, match="no report"):
         list(words.estimate(asked, host))
     assert {path.name for path in Path(asked.out).iterdir()} == {"w_test.pt", "w_test-neg.pt"}
 
