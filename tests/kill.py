@@ -44,7 +44,8 @@ def child(arguments: list[str], prepare: Callable[[], None] = lambda: None) -> i
         return process
     prepare()
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stderr.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere.fileno(), stream.fileno())
         os._exit(cli.main(arguments))
 
 
