@@ -1,22 +1,28 @@
-"""Fixtures: the small trained model, loaded once, and requests short enough for tests."""
+"""Fixtures: the small trained model, loaded once, and requests short enough for tests.
+
+Nothing of the standalone host is imported before a test asks for it: where its libraries are missing, the rest runs.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from lib_estimate import job
-from lib_estimate.hosts.standalone import StandaloneHost, StandaloneSession
 from lib_estimate.progress import Cancel
 from lib_estimate.request import HOLE, EstimateRequest, ModelOptions, Part, Use
 from lib_estimate.target.bank import TRAIN, build_bank, latent_noise
 from lib_estimate.target.queries import Recorder
 from lib_estimate.target.recording import Material
 from lib_estimate.target.target import build_target
-from tests.shapes_sd import variants
+from tests.left_out import PROJECT, left_out
+
+if TYPE_CHECKING:
+    from lib_estimate.hosts.standalone import StandaloneHost, StandaloneSession
 
 SHAPES_SD = Path(__file__).parent / "shapes_sd" / "shapes_sd.safetensors"
 VOCABULARY = Path(__file__).parent / "shapes_sd" / "tokenizer"
@@ -24,6 +30,14 @@ VOCABULARY = Path(__file__).parent / "shapes_sd" / "tokenizer"
 
 torch.set_num_threads(1)  # every core has a test of its own
 os.environ["OMP_NUM_THREADS"] = "1"
+
+MISSING = left_out()
+collect_ignore = [str(path) for path in MISSING]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for path, libraries in MISSING.items():
+        terminalreporter.write_line(f"Left out: {path.relative_to(PROJECT)} (not installed: {', '.join(libraries)}).")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,12 +47,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def host() -> StandaloneHost:
+    pytest.importorskip("diffusers", reason="the standalone host: diffusers is not installed")
+    from lib_estimate.hosts.standalone import StandaloneHost
+
     return StandaloneHost(ModelOptions(model=str(SHAPES_SD), device="cpu"))
 
 
 @pytest.fixture(scope="session")
 def relatives(host: StandaloneHost, tmp_path_factory: pytest.TempPathFactory) -> list[StandaloneHost]:
     """The small model and its fine-tunes."""
+    from lib_estimate.hosts.standalone import StandaloneHost
+    from tests.shapes_sd import variants
+
     folder = tmp_path_factory.mktemp("variants")
     paths = [variants.write(style, folder) for style in variants.STYLES]
     return [host, *(StandaloneHost(ModelOptions(model=str(path), device="cpu")) for path in paths)]

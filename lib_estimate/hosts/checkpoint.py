@@ -21,7 +21,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 from lib_estimate.errors import ModelError
 from lib_estimate.hosts.layouts import LAYOUTS
@@ -51,7 +51,7 @@ class Components:
 
     name: str
     hash: str | None
-    tokenizer: CLIPTokenizer
+    tokenizer: CLIPTokenizerFast
     text_encoders: tuple[TextEncoder, ...]
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -95,7 +95,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Components:
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True)
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
     side = unet.config.sample_size if isinstance(unet.config.sample_size, int) else max(unet.config.sample_size)
     return _checked(
         Components(
@@ -117,21 +117,21 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Components:
     )
 
 
-def _folder_encoders(folder: Path, tokenizer: CLIPTokenizer, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
+def _folder_encoders(folder: Path, tokenizer: CLIPTokenizerFast, dtype: torch.dtype) -> tuple[TextEncoder, ...]:
     first = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).to(dtype)
     if not (folder / "text_encoder_2").is_dir():
         # diffusers' copies of Stable Diffusion 2 end at the layer that is read.
         is_open_clip = tokenizer.pad_token_id != tokenizer.eos_token_id
         return (_of_sd2(first, tokenizer.pad_token_id, layer=1) if is_open_clip else _of_sd1(first, tokenizer),)
     second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", local_files_only=True).to(dtype)
-    pad = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True).pad_token_id
+    pad = CLIPTokenizerFast.from_pretrained(folder / "tokenizer_2", local_files_only=True).pad_token_id
     return _of_sdxl(first, second, tokenizer, pad)
 
 
 # ---- which layer is read ------------------------------------------------------------------------------------------
 
 
-def _of_sd1(model: CLIPTextModel, tokenizer: CLIPTokenizer) -> TextEncoder:
+def _of_sd1(model: CLIPTextModel, tokenizer: CLIPTokenizerFast) -> TextEncoder:
     end = tokenizer.eos_token_id
     return TextEncoder("clip_l", model, pad=end, layer=1, normed=True, clip_skip=True, pooled=False)
 
@@ -142,7 +142,7 @@ def _of_sd2(model: CLIPTextModel, pad: int, layer: int) -> TextEncoder:
 
 
 def _of_sdxl(
-    first: CLIPTextModel, second: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, pad: int
+    first: CLIPTextModel, second: CLIPTextModelWithProjection, tokenizer: CLIPTokenizerFast, pad: int
 ) -> tuple[TextEncoder, ...]:
     """The last layer but one of both, without the norm; the pooled vector is the second's."""
     end = tokenizer.eos_token_id
@@ -167,7 +167,7 @@ def _load_single(path: Path, dtype: torch.dtype) -> Components:
         _part(weights, LDM_VAE, path), original_config=original, torch_dtype=dtype, local_files_only=True
     )
     folder = _text_folder(path, layout)
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     encoders = _single_encoders(weights, family, folder, tokenizer, dtype, path)
     alphas_cumprod = _alphas_cumprod(
         "scaled_linear", layout["linear_start"], layout["linear_end"], layout.get("timesteps", 1000)
@@ -300,7 +300,7 @@ def _text_folder(path: Path, layout: dict[str, Any]) -> Path:
 
 
 def _single_encoders(
-    weights: dict[str, Tensor], family: str, folder: Path, tokenizer: CLIPTokenizer, dtype: torch.dtype, path: Path
+    weights: dict[str, Tensor], family: str, folder: Path, tokenizer: CLIPTokenizerFast, dtype: torch.dtype, path: Path
 ) -> tuple[TextEncoder, ...]:
     """The text encoders of a single file; OpenCLIP's are filled up with token 0."""
     if family == "sd1":

@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,8 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gradio
 import pytest
 import torch
+import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
@@ -37,6 +40,7 @@ QUICK = {
     "sampling_steps": 2, "width": 64, "height": 64, "sentence": "a small {}",
 }  # fmt: skip
 OVER = ("done", "failed", "interrupted")
+OWN_PAGE = int(gradio.__version__.split(".")[0]) >= 6  # an older Gradio is a webui's
 
 
 @contextmanager
@@ -45,9 +49,21 @@ def served(folder: Path, accounts: api.Accounts) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ModelOptions(model=str(SHAPES_SD), device="cpu")
-    blocks = standalone_tab.launch([options], str(folder), port, browser=False, accounts=accounts, wait=False)
+    if OWN_PAGE:
+        blocks = standalone_tab.launch([options], str(folder), port, browser=False, accounts=accounts, wait=False)
+        yield f"http://127.0.0.1:{port}"
+        blocks.close()
+        return
+    app = FastAPI()  # the routes alone, on the FastAPI of a webui
+    api.add_routes(app, standalone_tab.StandaloneShell([options], str(folder), accounts))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
     yield f"http://127.0.0.1:{port}"
-    blocks.close()
+    server.should_exit = True
+    thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -83,9 +83,9 @@ def test_half_a_character_is_refused() -> None:
     "text", ["a red Circle, 12 I'm <|endoftext|>x", "naïve\n 赤い円 ((x:1.2)) </w>", "\u00a0 ﬁ Ⅳ 👍🏽", ""]
 )
 def test_the_vocabulary_reads_as_transformers_does(text) -> None:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizerFast
 
-    theirs, (ours, spelled) = CLIPTokenizer.from_pretrained(BUNDLED), bundled()
+    theirs, (ours, spelled) = CLIPTokenizerFast.from_pretrained(BUNDLED), bundled()
     assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
     assert (ours.start, ours.end, ours.pad) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
     assert [spelled(token) for token in ours.encode(text)] == [theirs.decode([t]).strip() for t in ours.encode(text)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
 from lib_estimate.errors import EstimateError, PromptSyntaxError
 from lib_estimate.prompt.attention import BREAK, EMPHASIS_MODES, apply_emphasis, parse_attention
@@ -33,7 +33,7 @@ DOWN = 1 / 1.1
 
 @pytest.fixture(scope="module")
 def encode():
-    tokenizer = CLIPTokenizer.from_pretrained(HERE / "shapes_sd" / "tokenizer")
+    tokenizer = CLIPTokenizerFast.from_pretrained(HERE / "shapes_sd" / "tokenizer")
     return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -470,6 +470,7 @@ def test_any_prompt_has_a_schedule(prompt, steps):
         assert schedule == [(steps, prompt)]
 
 
+@settings(deadline=None)
 @given(PROMPTS)
 def test_attention_of_escaped_text_is_the_text(prompt):
     plain = prompt.replace("BREAK", "break")
@@ -477,6 +478,7 @@ def test_attention_of_escaped_text_is_the_text(prompt):
     assert parse_attention(escaped) == [(plain, 1.0)]
 
 
+@settings(deadline=None)
 @given(PROMPTS)
 def test_parts_of_and_are_parts_of_the_prompt(prompt):
     parts = split_and(prompt)
