@@ -64,6 +64,14 @@ def relatives(host: StandaloneHost, tmp_path_factory: pytest.TempPathFactory) ->
     return [host, *(StandaloneHost(ModelOptions(model=str(path), device="cpu")) for path in paths)]
 
 
+@pytest.fixture(scope="session")
+def float16_on_cpu() -> None:
+    try:
+        torch.nn.functional.layer_norm(torch.zeros(1, 2, dtype=torch.float16), (2,))
+    except RuntimeError as error:
+        pytest.skip(f"PyTorch {torch.__version__} calculates no float16 on a CPU: {error}")
+
+
 @pytest.fixture()
 def session(host: StandaloneHost):
     with host.session() as session:

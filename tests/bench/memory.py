@@ -17,9 +17,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental import _config as meta_config
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib_estimate.files.embedding import Vectors
@@ -72,14 +71,14 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, call: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = call(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        for tensor in tree_flatten(out)[0]:
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage(), args)
         return out
 
     def _see(self, storage: torch.UntypedStorage, args: tuple) -> None:
         place, size = storage._cdata, storage.nbytes()
-        given = (tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor))
+        given = (tensor for tensor in tree_flatten(args)[0] if isinstance(tensor, Tensor))
         if place in self._known or any(tensor.untyped_storage()._cdata == place for tensor in given):
             return  # a view, of what may have been there before
         self._known[place] = weakref.ref(storage, partial(self._gone, place, size))
@@ -137,7 +136,9 @@ def vectors_of(session: StandaloneSession) -> Vectors:
 
 @contextmanager
 def on_meta(family: str) -> Iterator[StandaloneSession]:
-    """A session on a model without content."""
+    """A session on a model without content, on PyTorch 2.6 or later."""
+    from torch.fx.experimental import _config as meta_config
+
     host = random_host("meta", "float16", family)
     # Without content, a mask is taken for one that takes all; here it does.
     masks = mock.patch.object(meta_config, "meta_nonzero_assume_all_nonzero", True)

@@ -24,7 +24,7 @@ BEYOND = 2.0**16  # exact in both formats; what is larger than one becomes too l
 
 
 @pytest.fixture(scope="module")
-def half() -> StandaloneHost:
+def half(float16_on_cpu) -> StandaloneHost:
     return StandaloneHost(ModelOptions(model=str(SHAPES_SD), device="cpu", dtype="float16"))
 
 

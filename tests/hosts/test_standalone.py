@@ -190,7 +190,9 @@ class FakeUnet:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_reads_the_prompt_alike(host, dtype) -> None:
+def test_half_precision_reads_the_prompt_alike(host, dtype, request) -> None:
+    if dtype == "float16":
+        request.getfixturevalue("float16_on_cpu")
     half = StandaloneHost(ModelOptions(model=str(SHAPES_SD), device="cpu", dtype=dtype))
     assert half.parts.unet.dtype == getattr(torch, dtype)
     assert torch.allclose(states(half, "a (red:1.3) circle"), states(host, "a (red:1.3) circle"), atol=0.15)
