@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).parents[1] / "lib_estimate"
 # Folders, and files beside them, in the order in which a prompt passes through; inside of a folder likewise.
 ORDER = (
     "errors", "choices", "request", "progress",
-    "prompt", "prompt.attention", "prompt.schedule", "prompt.chunks",
+    "prompt", "prompt.attention", "prompt.schedule", "prompt.chunks", "prompt.cleaning",
     "prompt.vocabulary",
     "files", "files.names", "files.places", "files.claim", "files.destination", "files.embedding", "files.containers",
     "files.reading", "files.writing", "files.rescue", "files.lists",
     "hosts", "hosts.base", "hosts.denoising", "hosts.precision", "hosts.placement", "hosts.layouts",
-    "hosts.text_encoder", "hosts.several", "hosts.checkpoint", "hosts.standalone", "hosts.lending", "hosts.webui_text",
-    "hosts.webui_networks", "hosts.webui", "hosts.forge",
+    "hosts.text_encoder", "hosts.several", "hosts.checkpoint", "hosts.standalone_text", "hosts.standalone",
+    "hosts.lending", "hosts.webui_text", "hosts.webui_networks", "hosts.webui", "hosts.forge",
     "hosts.family", "hosts.webui_session", "hosts.webui_checkpoints", "hosts.webui_shell",
     "target", "target.sentences", "target.besides", "target.texts", "target.limits", "target.target",
     "target.together", "target.bank", "target.error", "target.queries", "target.recording", "target.extra_networks",
@@ -44,6 +44,7 @@ WITHOUT_TORCH = (
     "prompt.attention",
     "prompt.schedule",
     "prompt.chunks",
+    "prompt.cleaning",
     "prompt.vocabulary",
     "files.names",
     "files.destination",
@@ -63,6 +64,7 @@ ONLY_IN = {
     ),
     "backend": ("hosts.forge",),
     "ldm_patched": ("hosts.webui",),
+    "ftfy": ("prompt.cleaning",),
     "tokenizers": ("prompt.vocabulary",),
     "diffusers": ("hosts.checkpoint", "hosts.standalone"),
     "gradio": (

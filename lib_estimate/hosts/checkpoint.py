@@ -27,6 +27,7 @@ from lib_estimate.errors import ModelError
 from lib_estimate.hosts.layouts import LAYOUTS
 from lib_estimate.hosts.text_encoder import TextEncoder
 from lib_estimate.prompt import vocabulary
+from lib_estimate.prompt.cleaning import as_clip, as_open_clip
 
 log = logging.getLogger(__name__)
 
@@ -133,22 +134,24 @@ def _folder_encoders(folder: Path, tokenizer: CLIPTokenizerFast, dtype: torch.dt
 
 def _of_sd1(model: CLIPTextModel, tokenizer: CLIPTokenizerFast) -> TextEncoder:
     end = tokenizer.eos_token_id
-    return TextEncoder("clip_l", model, pad=end, layer=1, normed=True, clip_skip=True, pooled=False)
+    return TextEncoder("clip_l", model, pad=end, layer=1, normed=True, clip_skip=True, pooled=False, clean=as_clip)
 
 
 def _of_sd2(model: CLIPTextModel, pad: int, layer: int) -> TextEncoder:
     """A webui's clip skip has no effect on Stable Diffusion 2."""
-    return TextEncoder("clip_h", model, pad=pad, layer=layer, normed=True, clip_skip=False, pooled=False)
+    return TextEncoder(
+        "clip_h", model, pad=pad, layer=layer, normed=True, clip_skip=False, pooled=False, clean=as_open_clip
+    )
 
 
 def _of_sdxl(
     first: CLIPTextModel, second: CLIPTextModelWithProjection, tokenizer: CLIPTokenizerFast, pad: int
 ) -> tuple[TextEncoder, ...]:
     """The last layer but one of both, without the norm; the pooled vector is the second's."""
-    end = tokenizer.eos_token_id
+    shared: dict[str, Any] = {"layer": 2, "normed": False, "clip_skip": False}
     return (
-        TextEncoder("clip_l", first, pad=end, layer=2, normed=False, clip_skip=False, pooled=False),
-        TextEncoder("clip_g", second, pad=pad, layer=2, normed=False, clip_skip=False, pooled=True),
+        TextEncoder("clip_l", first, pad=tokenizer.eos_token_id, pooled=False, clean=as_clip, **shared),
+        TextEncoder("clip_g", second, pad=pad, pooled=True, clean=as_open_clip, **shared),
     )
 
 

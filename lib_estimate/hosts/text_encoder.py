@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from lib_estimate.prompt.cleaning import Clean
+
 Splice = tuple[int, Mapping[str, Tensor]]
 """Index of the first place, and an embedding's vectors `{encoder: [N, width]}`."""
 
@@ -28,6 +30,7 @@ class TextEncoder:
     normed: bool  # whether the model's last norm is applied to that layer
     clip_skip: bool  # whether the user's clip skip moves the layer
     pooled: bool  # whether the U-Net gets the projected state at the end token as well
+    clean: Clean  # what happens to a text before it becomes tokens
 
     def __post_init__(self) -> None:
         body = getattr(self.model, "text_model", self.model)

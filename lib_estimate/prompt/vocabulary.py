@@ -1,6 +1,7 @@
 """CLIP's vocabulary that comes with the project, without transformers, which alone takes a second to load.
 
-Leans on `tokenizers`, which transformers brings along; read as `CLIPTokenizer` of transformers 5 sets it up.
+Leans on `tokenizers`, which transformers brings along; read as `CLIPTokenizer` of transformers 5 sets it up, of texts
+cleaned as a webui does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lib_estimate.prompt.chunks import Vocabulary
+from lib_estimate.prompt.cleaning import as_clip
 
 BUNDLED = Path(__file__).parents[2] / "tests" / "shapes_sd" / "tokenizer"
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -32,7 +34,7 @@ def bundled() -> tuple[Vocabulary, Callable[[int], str]]:
     tokenizer.add_special_tokens(sorted({start, end}))
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(as_clip(text), add_special_tokens=False).ids
 
     def spelled(token: int) -> str:
         return tokenizer.decode([token], skip_special_tokens=False).replace("</w>", " ").strip()

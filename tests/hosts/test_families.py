@@ -26,6 +26,7 @@ from tests.small_models import FIRST, SECOND, SIDE, SmallModel, small_model
 
 FAMILIES = (("sd2", "epsilon"), ("sd2", "v_prediction"), ("sdxl", "epsilon"))
 STEPS = 6
+CLEANED = Path(__file__).parents[1] / "data" / "cleaned_golden.json"
 
 
 def loaded(path: Path, **options) -> StandaloneHost:
@@ -118,6 +119,24 @@ def test_sdxl_reads_the_layer_before_the_last_and_clip_skip_moves_it_on_request(
     assert torch.equal(usual, skipped)
     assert not torch.equal(usual[..., :FIRST], moved[..., :FIRST])
     assert torch.equal(usual[..., FIRST:], moved[..., FIRST:])
+
+
+def test_each_encoder_of_sdxl_reads_a_text_as_a_webui_has_it_read(xl) -> None:
+    golden = json.loads(CLEANED.read_text(encoding="utf-8"))["texts"]
+    with xl.session() as session, torch.no_grad():
+        tables = {encoder.key: encoder.table.weight for encoder in session.parts.text_encoders}
+        for row in golden:
+            read = {"clip_l": row["transformers"], "clip_g": row["open_clip"]}
+            rows = session.token_vectors(attention_free(row["text"]))
+            assert all(torch.equal(rows[key], tables[key][ids].float()) for key, ids in read.items()), row["text"]
+        # Of different lengths for the two, one of them in a chunk more.
+        long = session.encode([f"{'x ' * 70} a &lt;b&gt;bold&lt;/b&gt; < circle"])
+        assert long.hidden.shape[1] == 2 * (session.info.chunk_length + 2)
+
+
+def attention_free(text: str) -> str:
+    """With brackets that are text."""
+    return text.replace("(", "\\(").replace(")", "\\)")
 
 
 def test_weights_leave_the_pooled_vector_alone_and_the_first_chunk_gives_it(xl) -> None:

@@ -9,6 +9,7 @@ import pytest
 from lib_estimate.errors import PromptSyntaxError
 from lib_estimate.prompt.attention import parse_attention
 from lib_estimate.prompt.chunks import chunks
+from lib_estimate.prompt.cleaning import as_clip
 from lib_estimate.prompt.schedule import extra_network_tags, prompt_schedule, split_and
 from lib_estimate.prompt.vocabulary import BUNDLED, bundled
 from tests.hostile import PROPERTIES, hold
@@ -86,6 +87,6 @@ def test_the_vocabulary_reads_as_transformers_does(text) -> None:
     from transformers import CLIPTokenizerFast
 
     theirs, (ours, spelled) = CLIPTokenizerFast.from_pretrained(BUNDLED), bundled()
-    assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode(text) == theirs(as_clip(text), add_special_tokens=False)["input_ids"]
     assert (ours.start, ours.end, ours.pad) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
     assert [spelled(token) for token in ours.encode(text)] == [theirs.decode([t]).strip() for t in ours.encode(text)]
