@@ -27,7 +27,7 @@ from lib_estimate.hosts.base import Host, ModelInfo
 from lib_estimate.hosts.several import sessions_of
 from lib_estimate.job import Outcome, Progress, check_destination
 from lib_estimate.progress import Cancel, Interrupted
-from lib_estimate.request import EstimateRequest
+from lib_estimate.request import EstimateRequest, forwards_of_a_picture
 from lib_estimate.words import estimate
 
 log = logging.getLogger(__name__)
@@ -208,13 +208,11 @@ def _finished(embedding: Embedding) -> bool:
 
 def _row(embedding: Embedding, state: str) -> Row:
     about = embedding.metadata
-    steps = about["settings"]["sampling_steps"]
+    picture = forwards_of_a_picture(about["settings"]["sampling_steps"], about["settings"]["cfg_scale"])
     forwards = sum(about.get("forwards", {}).values())
     vectors, rows = len(next(iter(embedding.vectors.values()))), about.get("checkpoints") or [about]
     off, recovered = ([row[key] for row in rows if row.get(key) is not None] for key in ("picture_error", "recovered"))
-    return Row(
-        embedding.name, vectors, max(off, default=None), min(recovered, default=None), forwards / (2 * steps), state
-    )
+    return Row(embedding.name, vectors, max(off, default=None), min(recovered, default=None), forwards / picture, state)
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------

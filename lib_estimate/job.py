@@ -35,7 +35,7 @@ from lib_estimate.report.against_start import Kept, measure_against
 from lib_estimate.report.checkpoints import court_of, exact_on
 from lib_estimate.report.fidelity import Court, Fidelity, first_good, report_sentences
 from lib_estimate.report.in_words import leaving_out
-from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Start, Use
+from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Start, Use, forwards_of_a_picture
 from lib_estimate.request import Target as Which
 from lib_estimate.target.extra_networks import check_tags
 from lib_estimate.target.recording import Material, materials_of
@@ -197,9 +197,10 @@ def saved_anyway(
     return ReportFailed(f"{saved} {why}")
 
 
-def cost_sentence(forwards: dict[str, int], sampling_steps: int) -> str:
-    """What an estimate cost, in pictures: each is a forward with the prompt and one with the negative prompt a step."""
-    pictures = {part: count / (2 * sampling_steps) for part, count in forwards.items()}
+def cost_sentence(forwards: dict[str, int], sampling_steps: int, cfg_scale: float) -> str:
+    """What an estimate cost, in pictures of as many steps at this CFG scale."""
+    one = forwards_of_a_picture(sampling_steps, cfg_scale)
+    pictures = {part: count / one for part, count in forwards.items()}
     learning = pictures["recording"] + pictures["learning"]
     return (
         f"It cost as much as {sum(pictures.values()):.0f} pictures: {learning:.0f} to learn, {pictures['report']:.0f} "

@@ -236,6 +236,7 @@ class EstimateRequest:
                     f"The {which} is empty: there is nothing to estimate. Type the text that should become one word.",
                     which.split()[0],
                 )
+        self._check_negative()
         self._check_several()
         self._check_lora()
         self._check_sentences()
@@ -249,6 +250,14 @@ class EstimateRequest:
     def several(self) -> bool:
         """Whether it may make more than one embedding."""
         return self.stages or self.target is Target.BOTH
+
+    def _check_negative(self) -> None:
+        if self.cfg_scale == 1 and self.target is not Target.PROMPT:
+            raise RequestError(
+                "At CFG scale 1 the negative prompt has no effect, so nothing can be learnt of it: raise --cfg-scale, "
+                "or let the prompt be the target.",
+                "cfg_scale",
+            )
 
     def _check_several(self) -> None:
         if not self.several:
@@ -300,6 +309,11 @@ class EstimateRequest:
     def record(self) -> dict[str, Any]:
         """All fields as plain values, for the saved file and for JSON."""
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def forwards_of_a_picture(sampling_steps: int, cfg_scale: float) -> int:
+    """What a picture costs: each step a forward with the prompt, and one with the negative prompt where that counts."""
+    return sampling_steps * (1 if cfg_scale == 1 else 2)
 
 
 def _plain(value: Any) -> Any:

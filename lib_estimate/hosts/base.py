@@ -162,6 +162,10 @@ class StepConditioning:
     positive: tuple[tuple[float, Conditioning], ...]
     negative: Conditioning
 
+    def composed(self) -> bool:
+        """Whether the positive side is more than one conditioning's plain answer."""
+        return len(self.positive) != 1 or self.positive[0][0] != 1.0
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -169,14 +173,17 @@ class Trajectory:
 
     x `[S, B, c, h, w]` (S sampling steps, B seeds), timestep `[S]`, by how much each step moves sigma `[S]`, the eps
     that was predicted there for the positive parts together and for the negative prompt, each `[S, B, c, h, w]`, and
-    the last latents final `[B, c, h, w]`.
+    the last latents final `[B, c, h, w]`. negative is None where it was not run, at CFG scale 1.
+
+    Of a model with zero terminal SNR eps is v all through the core, and dsigma what takes its place
+    (`denoising.Levels`).
     """
 
     x: Tensor
     timestep: Tensor
     dsigma: Tensor
     positive: Tensor
-    negative: Tensor
+    negative: Tensor | None
     final: Tensor
 
 
@@ -274,7 +281,8 @@ class Session(Protocol):
         """
 
     def predict_noise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """The U-Net's eps `[B, c, h, w]` for latents x `[B, c, h, w]` at `timestep` `[B]`."""
+        """The U-Net's eps `[B, c, h, w]` for latents x `[B, c, h, w]` at `timestep` `[B]`; v where the model has zero
+        terminal SNR, at whose last level eps says nothing of the text."""
 
     def sensitivity(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, probe: Tensor) -> Sensitivity:
         """Of the sum of probe `[B, c, h, w]` times eps, for latents x at `timestep` `[B]` under a conditioning."""

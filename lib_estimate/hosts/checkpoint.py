@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 LDM_TEXT = "cond_stage_model.transformer."
 LDM_UNET = "model.diffusion_model."
 LDM_VAE = "first_stage_model."
+ALMOST_ZERO = 4.8973451890853435e-08  # what the webuis write for it
 XL_FIRST, XL_SECOND = "conditioner.embedders.0.", "conditioner.embedders.1."
 LDM_OPEN_CLIP = "cond_stage_model.model."
 # transformers' name -> open_clip's, of one layer's pieces
@@ -111,6 +112,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Components:
                 scheduler.get("beta_start", 0.0001),
                 scheduler.get("beta_end", 0.02),
                 scheduler.get("num_train_timesteps", 1000),
+                scheduler.get("rescale_betas_zero_snr", False),
             ),
             prediction=scheduler.get("prediction_type", "epsilon"),
             default_size=side * 2 ** (len(vae.config.block_out_channels) - 1),
@@ -173,7 +175,7 @@ def _load_single(path: Path, dtype: torch.dtype) -> Components:
     tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     encoders = _single_encoders(weights, family, folder, tokenizer, dtype, path)
     alphas_cumprod = _alphas_cumprod(
-        "scaled_linear", layout["linear_start"], layout["linear_end"], layout.get("timesteps", 1000)
+        "scaled_linear", layout["linear_start"], layout["linear_end"], layout.get("timesteps", 1000), "ztsnr" in weights
     )
     prediction = _prediction(layout, weights)
     if prediction is None:
@@ -218,8 +220,6 @@ def _family(weights: dict[str, Tensor], path: Path) -> str:
 
 def _prediction(layout: dict[str, Any], weights: dict[str, Tensor]) -> str | None:
     """What the U-Net predicts, as the .yaml or the file says; None where only trying can tell (Stable Diffusion 2)."""
-    if "ztsnr" in weights:
-        raise ModelError("This checkpoint was trained for zero terminal SNR, whose noise schedule does not work here.")
     scaling = str(((layout.get("denoiser_config") or {}).get("params") or {}).get("scaling_config"))
     if layout.get("parameterization") == "v" or "v_pred" in weights or ".VScaling" in scaling:
         return "v_prediction"
@@ -394,15 +394,23 @@ def _clip_heads(folder: Path, width: int) -> int:
     return width // channels
 
 
-def _alphas_cumprod(schedule: str, start: float, end: float, timesteps: int) -> Tensor:
-    """prod(1 - beta), `[timesteps]`; Ho et al. 2020, with Stable Diffusion's scaled_linear betas."""
+def _alphas_cumprod(schedule: str, start: float, end: float, timesteps: int, zero_terminal: bool = False) -> Tensor:
+    """prod(1 - beta), `[timesteps]`; Ho et al. 2020, with Stable Diffusion's scaled_linear betas.
+
+    zero_terminal: its root moved and stretched so that the last is zero and the first stays; Lin et al. 2023.
+    """
     if schedule == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
     elif schedule == "linear":
         betas = torch.linspace(start, end, timesteps, dtype=torch.float64)
     else:
         raise ModelError(f"The model's noise schedule is {schedule!r}; only scaled_linear and linear are known.")
-    return torch.cumprod(1 - betas, 0)
+    abar = torch.cumprod(1 - betas, 0)
+    if zero_terminal:
+        root = abar.sqrt()
+        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+        abar[-1] = ALMOST_ZERO
+    return abar
 
 
 def _short_hash(path: Path) -> str:
@@ -421,6 +429,11 @@ def _checked(parts: Components) -> Components:
         raise ModelError(f"{parts.name} takes {extra} channels besides the latent ones: its kind is not known here.")
     if parts.prediction not in ("epsilon", "v_prediction"):
         raise ModelError(f"{parts.name} predicts {parts.prediction!r}; only epsilon and v_prediction are known.")
+    if parts.prediction == "epsilon" and parts.alphas_cumprod[-1] <= ALMOST_ZERO:
+        raise ModelError(
+            f"{parts.name} is marked for zero terminal SNR but not for v-prediction, and predicted noise means nothing "
+            "there. If it predicts v, put a .yaml with parameterization: v (SDXL: the key v_pred) beside it."
+        )
     width = sum(encoder.width for encoder in parts.text_encoders)
     if parts.unet.config.cross_attention_dim != width:
         raise ModelError(

@@ -180,10 +180,64 @@ def sigma(abar: Tensor) -> Tensor:
     return ((1 - abar) / abar).sqrt()
 
 
+class Levels:
+    """The noise levels of a model, and what is asked of it there: eps, or v where the last level is all noise.
+
+    With zero terminal SNR (Lin et al. 2023) eps at the last level is the latent itself, whatever the text says. With
+    c = sqrt(abar), s = sqrt(1 - abar), and c', s' of the level after, a step of DDIM is there as at all others
+
+        x' = (c c' + s s') x - (s c' - c s') v
+
+    so an error dv moves xhat' = x' / c' by (s c' - c s') / c' dv, which is dsigma deps, as deps = c dv.
+    """
+
+    ZERO = 1e-6  # the webuis write 4.9e-8 for the zero
+
+    def __init__(self, alphas_cumprod: Tensor, velocity: bool) -> None:
+        """alphas_cumprod: `[T]`. velocity: whether the network predicts v."""
+        self.abar, self.velocity = alphas_cumprod.float(), velocity
+        self.zero_terminal = velocity and bool(alphas_cumprod[-1] < self.ZERO)
+
+    def said(self, out: Tensor, x: Tensor, timestep: Tensor) -> Tensor:
+        """What the model says `[B, c, h, w]`, by what the network gives out for latents x at `timestep` `[B]`."""
+        if not self.velocity or self.zero_terminal:
+            return out
+        return noise_of_velocity(out, x.float(), self.abar[timestep.long()])
+
+    def timesteps(self, steps: int, offset: float) -> list[int]:
+        """Falling, evenly apart, the last at 1; moved down by the share `offset` of the distance between two.
+
+        With zero terminal SNR the first is the last level, where alone a latent is nothing but noise.
+        """
+        apart = len(self.abar) // steps
+        if not self.zero_terminal:
+            return [max(0, apart * step + 1 - round(offset * apart)) for step in reversed(range(steps))]
+        down = round(offset % 1 * apart)
+        return [len(self.abar) - 1, *(apart * (step + 1) - 1 - down for step in reversed(range(steps - 1)))]
+
+    def moves(self, t: int, after: int) -> Tensor:
+        """By what an error of what is said at t moves xhat: dsigma, or the same for v."""
+        if not self.zero_terminal:
+            return sigma(self.abar[t]) - sigma(self.abar[after])
+        return self._turned(t, after) / self.abar[after].sqrt()
+
+    def step(self, x: Tensor, said: Tensor, t: int, after: int) -> Tensor:
+        """The latents at level `after`, by DDIM with eta 0 (Song et al. 2021, eq. 12)."""
+        a, b = self.abar[t], self.abar[after]
+        if self.zero_terminal:
+            return ((a * b).sqrt() + ((1 - a) * (1 - b)).sqrt()) * x - self._turned(t, after) * said
+        clean = (x - (1 - a).sqrt() * said) / a.sqrt()
+        return b.sqrt() * clean + (1 - b).sqrt() * said
+
+    def _turned(self, t: int, after: int) -> Tensor:
+        a, b = self.abar[t], self.abar[after]
+        return ((1 - a) * b).sqrt() - (a * (1 - b)).sqrt()
+
+
 @torch.no_grad()
 def sample(
     predict_noise: PredictNoise,
-    alphas_cumprod: Tensor,
+    levels: Levels,
     noise: Tensor,
     guidance: Sequence[StepConditioning],
     cfg_scale: float,
@@ -192,38 +246,35 @@ def sample(
     watch_positive: Callable[[int], AbstractContextManager],
     watch_negative: Callable[[int], AbstractContextManager],
 ) -> Iterator[int | Trajectory]:
-    """`Session.sample` by DDIM with eta 0 (Song et al. 2021, eq. 12): deterministic, and its steps lie evenly.
+    """`Session.sample` by DDIM: deterministic, and its steps lie evenly.
 
     `watch_positive` and `watch_negative` make what surrounds the U-Net's calls for the two sides of CFG at a step.
     """
-    apart = len(alphas_cumprod) // len(guidance)
     x, points, positives, negatives, moves = noise, [], [], [], []
-    timesteps = _timesteps(len(guidance), apart, offset)
-    for step, (t, given) in enumerate(zip(timesteps, guidance, strict=True)):
+    timesteps = levels.timesteps(len(guidance), offset)
+    afters = [*timesteps[1:], max(timesteps[-1] - len(levels.abar) // len(guidance), 0)]
+    # At CFG scale 1 the negative prompt has no effect, unless AND composes the prompt over it.
+    guided = cfg_scale != 1 or any(given.composed() for given in guidance)
+    for step, (t, after, given) in enumerate(zip(timesteps, afters, guidance, strict=True)):
         timestep = torch.full((len(x),), t, device=x.device)
-        with watch_negative(step):
-            negative = predict_noise(x, timestep, given.negative)
+        if guided:
+            with watch_negative(step):
+                negative = predict_noise(x, timestep, given.negative)
+            negatives.append(negative)
         with watch_positive(step):
             first = predict_noise(x, timestep, given.positive[0][1])
-        others = [(w, predict_noise(x, timestep, c)) for w, c in given.positive[1:]]
-        positive = compose([(given.positive[0][0], first), *others], negative)
-        points.append(x), positives.append(positive), negatives.append(negative)
-        before, after = alphas_cumprod[t], alphas_cumprod[max(t - apart, 0)]
-        moves.append(sigma(before) - sigma(after))
-        eps = negative + cfg_scale * (positive - negative)
-        clean = (x - (1 - before).sqrt() * eps) / before.sqrt()
-        x = after.sqrt() * clean + (1 - after).sqrt() * eps
+        positive = first
+        if given.composed():
+            others = [(w, predict_noise(x, timestep, c)) for w, c in given.positive[1:]]
+            positive = compose([(given.positive[0][0], first), *others], negative)
+        points.append(x), positives.append(positive), moves.append(levels.moves(t, after))
+        x = levels.step(x, negative + cfg_scale * (positive - negative) if guided else positive, t, after)
         yield step + 1
     yield Trajectory(
         x=torch.stack(points),
         timestep=torch.tensor(timesteps, device=x.device),
         dsigma=torch.stack(moves),
         positive=torch.stack(positives),
-        negative=torch.stack(negatives),
+        negative=torch.stack(negatives) if guided else None,
         final=x,
     )
-
-
-def _timesteps(steps: int, apart: int, offset: float) -> list[int]:
-    """Falling timesteps, `apart` from each other, the last at 1; moved down by the share `offset` of that distance."""
-    return [max(0, apart * step + 1 - round(offset * apart)) for step in reversed(range(steps))]

@@ -106,7 +106,8 @@ class StandaloneSession(Placed, StandaloneText):
             dtype=self.dtype,
         )
         self.know(stored_embeddings(host.embeddings, host.unknown))
-        self._alphas_cumprod = parts.alphas_cumprod.to(host.device, torch.float32)
+        abar = parts.alphas_cumprod.to(host.device, torch.float32)
+        self.levels = denoising.Levels(abar, parts.prediction == "v_prediction")
         self._missing = parts.unet.config.in_channels - self.info.latent_channels
         self._extra: dict[tuple[int, ...], Tensor] = {}
         self.placement, self.precision = host.placement(), Precision(host.device, self.dtype)
@@ -129,9 +130,7 @@ class StandaloneSession(Placed, StandaloneText):
         inputs, added = self._with_extra_channels(x).to(dtype), self.added(x, given.pooled)
         with self.precision.of(Network.UNET):
             out = self.parts.unet(inputs, timestep, given.hidden.to(dtype), **added, return_dict=False)[0].float()
-        if self.parts.prediction == "epsilon":
-            return out
-        return denoising.noise_of_velocity(out, x.float(), self._alphas_cumprod[timestep.long()].float())
+        return self.levels.said(out, x, timestep)
 
     def added(self, x: Tensor, pooled: Tensor | None) -> dict[str, Any]:
         """SDXL's pooled vector and sizes: the picture's, no crop, and the picture's again, each (height, width)."""
@@ -184,7 +183,7 @@ class StandaloneSession(Placed, StandaloneText):
         unet, watched = self.parts.unet, watch is not None or watch_negative is not None
         predict = self.predict_at_once if watched else self.predict_noise
         return denoising.sample(
-            predict, self._alphas_cumprod, noise.to(self.device).float(), guidance, cfg_scale, offset=offset,
+            predict, self.levels, noise.to(self.device).float(), guidance, cfg_scale, offset=offset,
             watch_positive=lambda step: denoising.watching(unet, watch, step),
             watch_negative=lambda step: denoising.watching(unet, watch_negative, step),
         )  # fmt: skip

@@ -110,6 +110,7 @@ class WebuiSession(Placed, WebuiText):
             device=model.device,
             dtype=model.dtype,
         )
+        self.levels = denoising.Levels(model.alphas_cumprod(), model.velocity)
         self.placement, self.precision = model.placement, Precision(model.device, model.dtype)
         self.forwards, self._at_once = 0, denoising.AtOnce()
         self._extra: dict[tuple[int, ...], Tensor | None] = {}
@@ -145,9 +146,7 @@ class WebuiSession(Placed, WebuiText):
         self.forwards += len(x) * denoising.cost(conditioning, self.placement.recomputes)
         with devices.autocast(), self.precision.of(Network.UNET):
             out = self.model.network_output(x.to(dtype), timestep, given.hidden.to(dtype), vector, extra).float()
-        if not self.model.velocity:
-            return out
-        return denoising.noise_of_velocity(out, x.float(), self.model.alphas_cumprod()[timestep.long()])
+        return self.levels.said(out, x, timestep)
 
     def _vector(self, x: Tensor, given: Conditioning) -> Tensor | None:
         """`[B, V]`, SDXL's pooled vector and sizes."""
@@ -194,8 +193,7 @@ class WebuiSession(Placed, WebuiText):
         watched = watch is not None or watch_negative is not None
         predict = self.predict_at_once if watched else self.predict_noise
         return denoising.sample(
-            predict, self.model.alphas_cumprod(), noise.to(self.info.device).float(), guidance, cfg_scale,
-            offset=offset,
+            predict, self.levels, noise.to(self.info.device).float(), guidance, cfg_scale, offset=offset,
             watch_positive=lambda step: denoising.watching(self.unet, watch, step),
             watch_negative=lambda step: denoising.watching(self.unet, watch_negative, step),
         )  # fmt: skip

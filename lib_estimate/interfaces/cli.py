@@ -363,7 +363,8 @@ def _summary(outcome: Any) -> str:
     from lib_estimate.job import cost_sentence
     from lib_estimate.report.in_words import result_sentence
 
-    cost = cost_sentence(outcome.record["forwards"], outcome.record["settings"]["sampling_steps"])
+    settings = outcome.record["settings"]
+    cost = cost_sentence(outcome.record["forwards"], settings["sampling_steps"], settings["cfg_scale"])
     said = result_sentence(outcome.fidelity, outcome.title)
     saved = "".join(f"Saved {path}\n" for path in (outcome.path, *outcome.others))
     use = "".join(f"Write in your {side}: {text}\n" for side, text in outcome.written.items())

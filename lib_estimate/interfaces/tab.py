@@ -424,7 +424,7 @@ class Tab:
         sentence = result_sentence(outcome.fidelity, outcome.title)
         files = cards(outcome, request)
         notes = [*view.notes, *dict.fromkeys(note for file in files for note in taken_in(self.shell, request, *file))]
-        cost = cost_sentence(outcome.record["forwards"], request.sampling_steps)
+        cost = cost_sentence(outcome.record["forwards"], request.sampling_steps, request.cfg_scale)
         lines = [*map(html.escape, [*sentence.splitlines(), cost])]
         lines += [f"Write <b>{html.escape(text)}</b> in your {side}." for side, text in outcome.written.items()]
         saved = ", ".join(map(str, (outcome.path, *outcome.others)))

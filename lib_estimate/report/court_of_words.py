@@ -31,7 +31,9 @@ class CourtOfWords(Court):
         moves = torch.stack([path.dsigma[a:b].square().sum() for a, b in pairwise(edges)])
         x, timestep = path.x[taken].flatten(0, 1), path.timestep[taken].repeat_interleave(seeds)
         step = torch.tensor(taken).repeat_interleave(seeds)
-        eps = path.negative + self.request.cfg_scale * (path.positive - path.negative)
+        eps = path.positive
+        if path.negative is not None:
+            eps = path.negative + self.request.cfg_scale * (path.positive - path.negative)
         bank = Bank(x, timestep, step, moves.repeat_interleave(seeds), eps[taken].flatten(0, 1), None, None)
         empty = self._guided(bank, self.target.emptied())
         plain = None if self.target.plain is None else self._guided(bank, self.target.plain)
@@ -43,5 +45,8 @@ class CourtOfWords(Court):
     def _guided(self, bank: Bank, guidance: Sequence[StepConditioning]) -> Tensor:
         """eps `[M, c, h, w]` under CFG of a bank's latents."""
         given = (self.session, bank.x, bank.timestep, bank.step, guidance)
-        positive, negative = guided_noise(*given, negative=False), guided_noise(*given, negative=True)
+        positive = guided_noise(*given, negative=False)
+        if self.request.cfg_scale == 1:
+            return positive
+        negative = guided_noise(*given, negative=True)
         return negative + self.request.cfg_scale * (positive - negative)

@@ -89,14 +89,17 @@ def bank_of(
         weight = torch.stack([weight[a:b].sum() for a, b in pairwise(edges)])
     x, timestep = path.x[taken].flatten(0, 1), path.timestep[taken].repeat_interleave(seeds)
     step = torch.tensor([chosen[index] for index in taken]).repeat_interleave(seeds)
-    positive, negative = (side[taken].flatten(0, 1) for side in (path.positive, path.negative))
-    own, other = (negative, positive) if target.negative else (positive, negative)
-    if target.networks():
-        other = guided_noise(session, x, timestep, step, target.plain, True)
+    own = path.positive[taken].flatten(0, 1)
+    other = None if path.negative is None else path.negative[taken].flatten(0, 1)
+    if target.negative:
+        own, other = other, own
+    elif target.networks() and other is not None:
+        negative, other = other, guided_noise(session, x, timestep, step, target.plain, True)
         own = without_networks(own, negative, other, cfg_scale)
     empty = unweighted = None
     if references:
-        empty = other if _other_is_empty(target) else noise_under(session, x, timestep, target.empty)
+        known = other is not None and _other_is_empty(target)
+        empty = other if known else noise_under(session, x, timestep, target.empty)
     if references and plain and target.plain is not None:
         unweighted = guided_noise(session, x, timestep, step, target.plain, target.negative)
     return Bank(x, timestep, step, weight.repeat_interleave(seeds), own, empty, unweighted)
@@ -111,7 +114,7 @@ def without_networks(own: Tensor, negative: Tensor, beside: Tensor, cfg_scale: f
 def bank_under(session: Session, bank: Bank, target: Target, cfg_scale: float) -> Bank:
     """The latents of a bank with what another target says there; the empty prompt's eps is the same."""
     wanted = guided_noise(session, bank.x, bank.timestep, bank.step, target.guidance, target.negative)
-    if target.networks():
+    if target.networks() and cfg_scale != 1:
         sides = (target.guidance, target.plain)
         wanted = without_networks(
             wanted, *(guided_noise(session, bank.x, bank.timestep, bank.step, side, True) for side in sides), cfg_scale
@@ -197,7 +200,7 @@ def guided_noise(
         at = ((step >= first) & (step < last)).nonzero()[:, 0].to(x.device)
         if not len(at):
             continue
-        under = noise_under(session, x[at], timestep[at], given.negative) if negative or _composed(given) else x[at]
+        under = noise_under(session, x[at], timestep[at], given.negative) if negative or given.composed() else x[at]
         if negative:
             out[at] = under
         else:
@@ -205,16 +208,12 @@ def guided_noise(
     return out
 
 
-def _composed(given: StepConditioning) -> bool:
-    return len(given.positive) != 1 or given.positive[0][0] != 1.0
-
-
 def _runs(guidance: Sequence[StepConditioning], negative: bool) -> Iterator[tuple[int, StepConditioning, int]]:
     """(first step, conditioning, step after the last) of stretches where what counts doesn't change."""
 
     def key(given: StepConditioning) -> tuple[int, ...]:
         positive = () if negative else tuple(id(c) for _, c in given.positive)
-        return (*positive, id(given.negative) if negative or _composed(given) else 0)
+        return (*positive, id(given.negative) if negative or given.composed() else 0)
 
     first = 0
     for step in range(1, len(guidance) + 1):

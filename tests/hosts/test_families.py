@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def test_each_encoder_of_sdxl_reads_a_text_as_a_webui_has_it_read(xl) -> None:
 
 def attention_free(text: str) -> str:
     """With brackets that are text."""
-    return text.replace("(", "\\(").replace(")", "\\)")
+    return re.sub(r"([()\[\]])", r"\\\1", text)
 
 
 def test_weights_leave_the_pooled_vector_alone_and_the_first_chunk_gives_it(xl) -> None:

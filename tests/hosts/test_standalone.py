@@ -13,6 +13,7 @@ from transformers import CLIPTextModel
 from lib_estimate.errors import ModelError
 from lib_estimate.files import writing
 from lib_estimate.files.embedding import Embedding
+from lib_estimate.hosts import denoising
 from lib_estimate.hosts.base import StepConditioning
 from lib_estimate.hosts.standalone import StandaloneHost
 from lib_estimate.request import Emphasis, ModelOptions
@@ -169,6 +170,27 @@ def test_offset_moves_the_timesteps_between_the_others(host) -> None:
     assert (plain.timestep - moved.timestep).tolist() == [125, 125, 125, 1]
 
 
+def test_at_cfg_scale_one_the_negative_prompt_is_not_run(host) -> None:
+    with host.session() as session, torch.no_grad():
+        red, star = session.encode(["a red circle"]), session.encode(["a star"])
+        noise = torch.randn(2, session.info.latent_channels, 8, 8, generator=torch.Generator().manual_seed(2))
+
+        def forwards(*parts, cfg_scale: float = 1.0):
+            before = session.forwards
+            *_, path = session.sample(noise, [StepConditioning(parts, star)] * 4, cfg_scale)
+            return path, session.forwards - before
+
+        plain, cost = forwards((1.0, red))
+        almost, usual = forwards((1.0, red), cfg_scale=1.00001)
+        assert (cost, usual) == (4 * 2, 2 * 4 * 2)
+        assert plain.negative is None
+        assert torch.allclose(plain.final, almost.final, atol=1e-3)
+        # What AND composes, it composes over the negative prompt.
+        both, cost = forwards((1.0, red), (0.5, star))
+        assert cost == 3 * 4 * 2
+        assert torch.allclose(both.final, plain.final, atol=1e-3)
+
+
 def test_v_prediction_becomes_noise(host, monkeypatch) -> None:
     """A v-prediction checkpoint whose network says v gives the eps of the same picture."""
     with host.session() as session, torch.no_grad():
@@ -176,7 +198,7 @@ def test_v_prediction_becomes_noise(host, monkeypatch) -> None:
         t = torch.tensor([100, 800])
         a = session.parts.alphas_cumprod[t].float()[:, None, None, None]
         x, v = a.sqrt() * x0 + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * x0
-        monkeypatch.setattr(session.parts, "prediction", "v_prediction")
+        monkeypatch.setattr(session, "levels", denoising.Levels(session.parts.alphas_cumprod, velocity=True))
         monkeypatch.setattr(session.parts, "unet", FakeUnet(v))
         assert torch.allclose(session.predict_noise(x, t, session.encode([""])), eps, atol=1e-4)
 

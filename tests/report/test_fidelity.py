@@ -52,7 +52,8 @@ def test_a_flipped_picture_is_seen_among_the_others() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_weights_are_what_each_step_moves_sigma_by(session, short, monkeypatch, prediction) -> None:
     """So they add up to the way from the first sigma to the last, whatever the network predicts."""
-    monkeypatch.setattr(session.parts, "prediction", prediction)
+    abar = session.parts.alphas_cumprod.float()
+    monkeypatch.setattr(session, "levels", denoising.Levels(abar, prediction == "v_prediction"))
     target = build_target(short, session)
     noise = latent_noise(short, session, HELD_OUT, 1)
     *_, path = session.sample(noise, target.guidance, 5.0)
