@@ -51,6 +51,24 @@ def test_a_bad_field_is_named(change: dict, word: str) -> None:
         dataclasses.replace(GOOD, **change).validate()
 
 
+def test_no_number_may_be_below_zero_and_the_smallest_that_means_something_is_taken() -> None:
+    for item in dataclasses.fields(EstimateRequest):
+        if item.metadata["low"] is not None:
+            below = -0.5 if isinstance(item.default, float) else -1
+            with pytest.raises(RequestError, match=item.name):
+                dataclasses.replace(GOOD, **{item.name: below}).validate()
+    ones = dict.fromkeys(("vectors", "batch", "queries"), 1)
+    zeros = dict.fromkeys(("steps", "warmup", "patience", "seed", "width", "height", "trajectories", "images"), 0)
+    off = dict.fromkeys(("tolerance", "clip_gradient", "ema"), 0.0)
+    dataclasses.replace(GOOD, **ones, **zeros, **off, sampling_steps=2, cfg_scale=1.0).validate()
+
+
+def test_a_lora_of_the_whole_prompt_can_be_taken_over() -> None:
+    dataclasses.replace(GOOD, take_over_lora=True).validate()
+    with pytest.raises(RequestError, match="--stages"):
+        dataclasses.replace(GOOD, take_over_lora=True, stages=True).validate()
+
+
 def test_the_record_is_plain() -> None:
     record = GOOD.record()
     assert record["part"] == Part.AUTO.value

@@ -57,7 +57,7 @@ def test_reports_tell_where_the_run_is() -> None:
     assert [r.step for r in reports] == list(range(1, 61))
     assert all(r.steps == 60 and r.seconds_left >= 0 for r in reports)
     assert reports[-1].seconds_left == 0
-    assert reports[-1].error is not None
+    assert [r.step for r in reports if r.error is not None] == list(range(3, 61, 3))
     assert fit.losses == [r.loss for r in reports]
     assert fit.steps_run == 60
 
@@ -81,6 +81,14 @@ def test_it_stops_when_the_error_no_longer_falls() -> None:
     list(fit.run())
     assert fit.steps_run < 3000
     assert "not fallen" in fit.stopped
+
+
+def test_a_falling_learning_rate_has_half_the_run_to_show_what_it_leads_to() -> None:
+    for schedule, stop in (("cosine", 10 + 3), ("constant", 3)):
+        fit = make(replace(STAGE, steps=20, schedule=schedule), replace(BASE, patience=3), start=GOAL.clone())
+        list(fit.run())
+        assert fit.steps_run == stop
+        assert fit.stopped == "the error has not fallen in 3 steps"
 
 
 def test_patience_zero_runs_to_the_end() -> None:

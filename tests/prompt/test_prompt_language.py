@@ -211,6 +211,7 @@ def test_schedule_shows_at_each_step(prompt, steps, expected):
         "a\\\nb [b:c:3]",
         "\\[a:b:3\\]",
         "[[]:(]:3)",
+        "[a (b:c:d):e:3]",
     ],
 )
 def test_what_is_no_span_stays_text(prompt):

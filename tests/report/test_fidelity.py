@@ -11,9 +11,19 @@ from lib_estimate import job
 from lib_estimate.hosts import denoising
 from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.progress import Note
-from lib_estimate.report.fidelity import Court, measure, picture_error, picture_errors
+from lib_estimate.report.fidelity import (
+    Court,
+    ErrorThere,
+    Fidelity,
+    measure,
+    median_and_worst,
+    picture_error,
+    picture_errors,
+    report_sentences,
+)
 from lib_estimate.report.in_words import result_sentence
-from lib_estimate.request import EstimateRequest, Part, Use
+from lib_estimate.request import HOLE, EstimateRequest, Part, Use
+from lib_estimate.request import Target as Which
 from lib_estimate.target.bank import HELD_OUT, bank_of, build_bank, latent_noise
 from lib_estimate.target.error import share_of_empty
 from lib_estimate.target.target import build_target
@@ -47,6 +57,60 @@ def test_a_flipped_picture_is_seen_among_the_others() -> None:
     each = picture_errors(given, wanted, reference)
     assert each.tolist() == pytest.approx([0.01, 0.01, 1.0], rel=0.05)
     assert picture_error(given, wanted, reference) == pytest.approx(each.log().mean().exp().item())
+
+
+@pytest.mark.parametrize(
+    ("changes", "below"),
+    [
+        ({}, False),
+        ({"recovered": -0.1}, True),
+        ({"error": 0.3}, True),
+        ({"picture_error": 1.1}, True),
+        ({"picture_error": None, "unweighted_error": None, "recovered": None}, False),
+        ({"reference": "empty", "picture_error": 1.1}, False),
+    ],
+)
+def test_one_way_of_counting_is_enough_to_be_worse_than_no_weights(changes, below) -> None:
+    good = Fidelity(0.5, "unweighted", 0.1, 0.2, 0.5, (), None, None, {})
+    assert dataclasses.replace(good, **changes).below_plain() is below
+
+
+@pytest.mark.parametrize(
+    ("error", "unweighted", "share", "worse"),
+    [
+        (0.1, 0.2, 0.9, False),
+        (0.3, 0.2, 0.9, True),
+        (0.1, 0.2, 1.1, True),
+        (0.3, None, 0.9, False),
+        (9.0, 0.2, None, False),
+    ],
+)
+def test_so_it_is_in_a_sentence(error, unweighted, share, worse) -> None:
+    assert ErrorThere("a {}", error, unweighted, share, True).worse() is worse
+
+
+def test_of_several_places_the_median_and_the_worst_are_told() -> None:
+    rows = [(0.1, 0.4, True), (0.2, None, True), (0.3, 0.9, True), (0.9, 5.0, False)]
+    there = [ErrorThere("", error, None, share, fitted) for error, share, fitted in rows]
+    assert median_and_worst(there, fitted=True) == {"median": 0.4, "worst": 0.9}
+    assert median_and_worst(there, fitted=False) == {"median": 5.0, "worst": 5.0}
+    assert median_and_worst(there[:3], fitted=False) is None
+
+
+def test_a_report_has_six_sentences_besides_those_learnt_from() -> None:
+    request = EstimateRequest(prompt="(red:1.5)", negative="(blue:1.5)", name="x")
+    drawn = report_sentences(request)
+    assert len(set(drawn)) == 6
+    assert HOLE not in drawn
+    assert all(sentence.count(HOLE) == 1 for sentence in drawn)
+    assert drawn == report_sentences(request) != report_sentences(dataclasses.replace(request, seed=1))
+    given = dataclasses.replace(request, sentence=("a house of {}",))
+    assert report_sentences(given) == given.sentence
+    assert report_sentences(dataclasses.replace(given, use=Use.SENTENCE)) == (*given.sentence, *drawn)
+    assert report_sentences(dataclasses.replace(request, take_over_lora=True)) == ()
+    negative = dataclasses.replace(request, target=Which.NEGATIVE)
+    assert report_sentences(negative) == drawn
+    assert report_sentences(dataclasses.replace(negative, use=Use.WHOLE)) == ()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,21 @@ from lib_estimate.files import writing
 from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts.base import compose
 from lib_estimate.hosts.standalone import StandaloneHost
+from lib_estimate.request import EstimateRequest
 from lib_estimate.request import Target as Which
-from lib_estimate.target.bank import HELD_OUT, TRAIN, build_bank, latent_noise, noise_under, without_networks
-from lib_estimate.target.target import build_target
+from lib_estimate.target.bank import (
+    HELD_OUT,
+    PICTURES,
+    TRAIN,
+    VALIDATION,
+    bank_of,
+    build_bank,
+    latent_noise,
+    noise_under,
+    without_networks,
+)
+from lib_estimate.target.recording import CHECKS, LEARNT_FROM
+from lib_estimate.target.target import build_target, own_text, taken_over
 from tests.conftest import record
 
 
@@ -91,10 +104,11 @@ def test_a_composition_whose_weights_differ_per_step_matches_its_own_plain(sessi
 
 def test_parts_of_the_bank_have_noise_of_their_own(session, short) -> None:
     request = dataclasses.replace(short, trajectories=3)
-    noise = torch.cat([latent_noise(request, session, region, 3) for region in (TRAIN, HELD_OUT)])
-    again = torch.cat([latent_noise(request, session, region, 3) for region in (TRAIN, HELD_OUT)])
+    regions = (TRAIN, VALIDATION, HELD_OUT, PICTURES)
+    noise = torch.cat([latent_noise(request, session, region, 3) for region in regions])
+    again = torch.cat([latent_noise(request, session, region, 3) for region in regions])
     assert torch.equal(noise, again)
-    assert len({row.sum().item() for row in noise}) == 6
+    assert len({row.sum().item() for row in noise}) == 12
     other = latent_noise(dataclasses.replace(request, seed=1), session, TRAIN, 3)
     assert not torch.equal(noise[:3], other)
 
@@ -117,6 +131,13 @@ def test_in_a_sentence_only_the_prompts_own_weights_are_left_out(session, short)
     assert torch.allclose(target.plain[0].positive[0][1].hidden, plain, atol=1e-5)
     rows = session.token_vectors("a red circle")
     assert torch.allclose(target.embed(session, rows).hidden, plain, atol=1e-5)
+
+
+def test_in_a_sentence_a_composition_stays_one_without_its_weights(session, short) -> None:
+    target = build_target(with_prompt(short, "a (red:1.4) circle AND a star"), session, "a photo of {}")
+    red, star = (conditioning.hidden for _, conditioning in target.plain[0].positive)
+    assert torch.allclose(red, session.encode(["a photo of a red circle"]).hidden, atol=1e-5)
+    assert torch.allclose(star, session.encode([" a star"]).hidden, atol=1e-5)
 
 
 def test_a_sentence_that_changes_is_refused(session, short) -> None:
@@ -144,6 +165,24 @@ def test_a_bank_can_take_fewer_steps(session, short) -> None:
     *_, bank = build_bank(session, build_target(request, session), noise, 5.0, steps=4, offset=-0.5)
     assert bank.step.tolist() == [0, 2, 4, 6]
     assert bank.timestep[0] > 750
+
+
+def test_a_few_levels_stand_for_the_steps_around_them(session, short) -> None:
+    target = build_target(short, session)
+    *_, path = session.sample(latent_noise(short, session, TRAIN, 2), target.guidance, 5.0)
+    every, few = (bank_of(session, target, path, range(8), 5.0, levels=n, references=False) for n in (0, 4))
+    assert few.step.tolist() == [1, 1, 3, 3, 5, 5, 7, 7]
+    rows = torch.tensor([2, 3, 6, 7, 10, 11, 14, 15])
+    assert torch.equal(few.x, every.x[rows])
+    assert torch.equal(few.timestep, every.timestep[rows])
+    assert torch.allclose(few.weight, every.weight[rows] + every.weight[rows - 2])
+
+
+@pytest.mark.parametrize("effort", LEARNT_FROM)
+def test_what_is_checked_lies_between_what_is_learnt_from(effort) -> None:
+    (early, late), (checked,) = LEARNT_FROM[effort].offsets, CHECKS[effort].offsets
+    assert -1 < late < checked < early < 0
+    assert LEARNT_FROM[effort].count == CHECKS[effort].count >= 1
 
 
 def test_an_embedding_in_the_prompt_is_part_of_the_target_with_its_weight(host, short, tmp_path) -> None:
@@ -177,6 +216,15 @@ def test_an_embedding_makes_up_for_what_a_lora_does_to_the_negative_prompt() -> 
     wanted = without_networks(own, negative, beside, 5.0)
     torch.testing.assert_close(beside + 5.0 * (wanted - beside), negative + 5.0 * (own - negative))
     torch.testing.assert_close(without_networks(own, negative, negative, 5.0), own)
+
+
+def test_tags_are_taken_over_where_asked_and_no_part_of_the_text() -> None:
+    session = SimpleNamespace(tags=lambda prompt: ("a circle", ["<lora:one:1>", "<lora:two:0.5>"]))
+    request = EstimateRequest(prompt="a circle<lora:one:1><lora:two:0.5>", negative="<lora:no:1>", name="x")
+    assert taken_over(dataclasses.replace(request, take_over_lora=True), session) == "<lora:one:1><lora:two:0.5>"
+    assert taken_over(request, session) == ""
+    assert own_text(request, session) == "a circle"
+    assert own_text(dataclasses.replace(request, target=Which.NEGATIVE), session) == "<lora:no:1>"
 
 
 def test_a_host_without_loras_refuses_to_have_one_taken_over(host, short) -> None:
