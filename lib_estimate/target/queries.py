@@ -7,6 +7,7 @@ can be tried without running the U-Net.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -36,25 +37,27 @@ class Recorder:
 
     def __init__(self, positions: int, steps: int, budget: int, seed: int) -> None:
         self.asked = self.kept = positions
-        self.steps, self.budget = steps, budget
+        self.steps, self.budget, self.fitted = steps, budget, False
         self.generator = torch.Generator().manual_seed(seed)
         self.seen: dict[int, list[Tensor]] = {}
 
     def see(self, step: int, layer: int, hidden: Tensor) -> None:
         """hidden `[B, L, C]` entering a layer; all of a batch keep the same positions."""
-        if step == 1 and layer == 0:  # every layer has been seen once
+        if step == 1 and layer == 0 and not self.fitted:  # every layer has been seen once
             self._fit_budget()
         chosen = torch.randperm(hidden.shape[1], generator=self.generator)[: self.kept]
         self.seen.setdefault(layer, []).append(hidden[:, chosen.to(hidden.device)].detach().clone())
 
     def _fit_budget(self) -> None:
-        """After the first step: keeps as many positions per latent as the whole way fits into the budget with."""
-        first = [pieces[0] for pieces in self.seen.values()]
-        whole = self.steps * sum(piece.nbytes for piece in first)
-        if whole > self.budget:
-            self.kept = max(1, int(self.kept * self.budget / whole))
-            for pieces in self.seen.values():
-                pieces[0] = pieces[0][:, : self.kept]
+        """After the first step: keeps as many positions per latent as all that comes fits into the budget with."""
+        self.fitted = True  # several generations may come one after the other, all of them cut alike
+
+        def whole(kept: int) -> int:
+            return self.steps * sum(pieces[0][:, :kept].nbytes for pieces in self.seen.values())
+
+        self.kept = max(1, bisect_right(range(1, self.kept + 1), self.budget, key=whole))
+        for pieces in self.seen.values():
+            pieces[0] = pieces[0][:, : self.kept]
 
     def queries(self, step: Tensor, order: Tensor) -> Queries:
         """All that was seen, in the order `[M]` that the entries of the bank have, whose sampling steps are given."""

@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_estimate.errors import RequestError
 from lib_estimate.hosts import denoising
-from lib_estimate.hosts.base import Conditioning
+from lib_estimate.hosts.base import Conditioning, Sensitivity
 from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.learn.objectives import sketch
-from lib_estimate.learn.objectives.base import Together
+from lib_estimate.learn.objectives.base import Together, in_sentences
 from lib_estimate.learn.objectives.cross_attention import CrossAttention, InSentences
 from lib_estimate.learn.objectives.denoising import Denoising
 from lib_estimate.learn.objectives.hidden_state import HiddenState
-from lib_estimate.learn.objectives.sketch import Sketch, Sketched, SketchInSentences, sketched
+from lib_estimate.learn.objectives.sketch import Layer, Sketch, Sketched, SketchInSentences, sketched
 from lib_estimate.learn.registry import LOSSES
 from lib_estimate.target.sentences import distinct
 from tests.conftest import all_parameters, record
@@ -50,7 +50,8 @@ def sketch_of(session, material, budget: float = 2**30) -> Sketched:
     """Of every other latent, which is enough to learn something."""
     bank = material.bank
     given = [material.target.wanted(step)[0][1] for step in bank.step[::2].tolist()]
-    *_, recorded = sketched(session, given, bank.x[::2], bank.timestep[::2], budget, seed=0)
+    *done, recorded = sketched(session, given, bank.x[::2], bank.timestep[::2], budget, seed=0)
+    assert done == list(range(1, len(given) + 1))
     return recorded
 
 
@@ -203,6 +204,67 @@ def test_the_sketchs_sums_are_the_predicted_noise_of_a_small_change(session, sho
         first, *others = recorded.layers
         none = dataclasses.replace(first, gradient=torch.zeros_like(first.gradient))
         assert told(Sketched([none, *others], None, recorded.given)) != pytest.approx(truth, rel=0.05)
+
+
+def test_a_cell_has_the_same_place_in_every_layer_also_at_the_edges(monkeypatch) -> None:
+    """Latents of 5 x 7: the coarse layer has 3 x 4 positions, and its last ones reach over the edge."""
+    monkeypatch.setattr(sketch, "MOST_CELLS", 1.0)
+    sides = ((5, 7), (3, 4))
+    places = [torch.cartesian_prod(torch.arange(h), torch.arange(w))[None].float() for h, w in sides]
+    seen = Sensitivity(places, [p + 100 for p in places], None, torch.zeros(1))
+    fine, coarse = sketch._cells(seen, (5, 7), 2**30, torch.Generator().manual_seed(0))
+    assert (fine.side, coarse.side) == (2, 1)
+    cells = coarse.hidden[0].tolist()
+    assert sorted(cells) == places[1][0].tolist()
+    inside = [[min(2 * y + dy, 4), min(2 * x + dx, 6)] for y, x in cells for dy in (0, 1) for dx in (0, 1)]
+    assert fine.hidden[0].tolist() == inside
+    assert torch.equal(fine.gradient, fine.hidden + 100)
+    half = sum(h.nbytes + g.nbytes for h, g in zip(seen.hidden, seen.gradient, strict=True)) / 2
+    assert len(sketch._cells(seen, (5, 7), half, torch.Generator())[1].hidden[0]) == 6
+
+
+def test_a_point_of_the_finest_grid_is_found_in_every_layer() -> None:
+    """Two latents of three cells: the hidden states say where they are, as latent, cell, row and column."""
+
+    def layer(side: int) -> Layer:
+        at = torch.cartesian_prod(*map(torch.arange, (2, 3, side, side))).float().view(2, 3 * side**2, 4)
+        return Layer(at, torch.ones_like(at), side)
+
+    objective = object.__new__(SketchInSentences)
+    objective.recorded = Sketched([layer(4), layer(2), layer(1)], None, [])
+    points = torch.cartesian_prod(*map(torch.arange, (2, 3, 4, 4)))
+    levels = torch.tensor([1.0, 10.0])
+    objective.points = len(points)
+    for layer, covers in zip(objective.recorded.layers, (1, 2, 4), strict=True):
+        hidden, gradient = objective._rows(layer, torch.arange(len(points)), levels)
+        assert torch.equal(hidden, points // torch.tensor([1, 1, covers, covers]).float())
+        assert torch.equal(gradient[:, 0], levels[points[:, 0]] / covers)
+
+
+def test_each_latent_counts_by_what_the_weights_change_there(session, short, monkeypatch) -> None:
+    for name, value in {"FLOOR": 0.0, "LEVEL_FLOOR": 0.0, "LEVEL_POINTS": 10**6}.items():
+        monkeypatch.setattr(SketchInSentences, name, value)
+    objective = make("sketch in sentences", session, short)
+    count = len(objective.levels)
+    assert objective.points % count == 0
+    _, wanted, plain = in_sentences(session, short.prompt, ["{}"])
+    every = torch.arange(objective.points)
+    with torch.no_grad():
+        rows = [objective._rows(layer, every, objective.levels) for layer in objective.recorded.layers]
+        pairs = zip(objective._sums(rows, wanted), objective._sums(rows, plain), strict=True)
+        changed = sum((a - b)[0].square().view(count, -1).mean(1) for a, b in pairs)
+    assert (changed > 0).all()
+    assert torch.allclose(changed, changed[:1].expand(count), rtol=1e-3)
+    assert objective.levels.max() > 1.5 * objective.levels.min()
+    monkeypatch.setattr(SketchInSentences, "LEVEL_FLOOR", 1e4)
+    assert torch.allclose(objective._levels(count), torch.ones(count), rtol=1e-2)
+
+
+def test_in_sentences_only_the_prompts_own_weights_are_left_out(session) -> None:
+    frames, wanted, plain = in_sentences(session, "a (red:1.5) circle", ["a (large:1.3) {}"])
+    assert frames == [f"a (large:1.3) {session.placeholder}"]
+    assert torch.equal(wanted.hidden, session.encode(["a (large:1.3) a (red:1.5) circle"]).hidden)
+    assert torch.allclose(plain.hidden, session.encode(["a (large:1.3) a red circle"]).hidden, atol=1e-5)
 
 
 def test_one_latent_at_a_time_is_the_same_loss(session, short) -> None:

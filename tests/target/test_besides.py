@@ -69,6 +69,13 @@ def test_the_queries_and_the_targets_are_of_the_same_latents(session) -> None:
     assert torch.equal(material.queries.step, bank.step)
 
 
+def test_the_memory_asked_for_is_not_gone_beyond(session) -> None:
+    request = dataclasses.replace(REQUEST, queries=256, memory=0.001)
+    (material,) = drained(materials_of(request, session, build_target(request, session), Cancel()))
+    assert sum(hidden.nbytes for hidden in material.queries.hidden) <= 0.001 * 2**30 / 2
+    assert 1 < material.queries.kept < 256
+
+
 def test_the_report_tells_your_prompts_from_others(session) -> None:
     """Leaving the weights out is all of the error everywhere; the prompt itself none, also where it has no weights."""
 

@@ -48,6 +48,16 @@ def test_the_budget_is_kept_and_said() -> None:
     assert len({h.shape[1] for h in queries.hidden}) == 1
 
 
+def test_several_generations_one_after_the_other_are_cut_alike() -> None:
+    """Also where a layer has fewer positions than are kept of the others, so that less than expected is saved there."""
+    budget = 2 * 5 * 2 * (20 * 8 + 16 * 12 + 20 * 8) * 4
+    recorder = Recorder(positions=50, steps=10, budget=budget, seed=0)
+    record(recorder), record(recorder)
+    queries = recorder.queries(STEPS.repeat(2), torch.arange(20))
+    assert [tuple(h.shape) for h in queries.hidden] == [(20, 20, 8), (20, 16, 12), (20, 20, 8)]
+    assert queries.kept == 20
+
+
 def test_a_seed_repeats_the_choice() -> None:
     picked = []
     for seed in (1, 1, 2):

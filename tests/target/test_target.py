@@ -171,6 +171,8 @@ def test_a_few_levels_stand_for_the_steps_around_them(session, short) -> None:
     target = build_target(short, session)
     *_, path = session.sample(latent_noise(short, session, TRAIN, 2), target.guidance, 5.0)
     every, few = (bank_of(session, target, path, range(8), 5.0, levels=n, references=False) for n in (0, 4))
+    *_, whole = build_bank(session, target, latent_noise(short, session, TRAIN, 2), 5.0, references=False)
+    assert torch.equal(whole.x, every.x)
     assert few.step.tolist() == [1, 1, 3, 3, 5, 5, 7, 7]
     rows = torch.tensor([2, 3, 6, 7, 10, 11, 14, 15])
     assert torch.equal(few.x, every.x[rows])

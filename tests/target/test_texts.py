@@ -31,6 +31,12 @@ def test_a_prompt_is_put_together_from_words(session, prompt, pasted) -> None:
     assert put_together(session.read, prompt, 20, words) == pasted
 
 
+def test_few_steps_are_enough_to_see_that_texts_take_turns(session) -> None:
+    assert (
+        put_together(session.read, "a [red|blue] circle", 4, {"a red circle": "w1", "a blue circle": "w2"}) == "[w1|w2]"
+    )
+
+
 @pytest.mark.parametrize("steps", [11, 20, 30])
 def test_read_again_each_word_stands_where_its_text_stood(session, steps) -> None:
     for prompt in ("a [red:blue:0.35] circle", "[a:b:3] [c|d] e", "[a|b|c] and [d:e:0.7]"):
