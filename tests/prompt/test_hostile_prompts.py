@@ -89,4 +89,5 @@ def test_the_vocabulary_reads_as_transformers_does(text) -> None:
     theirs, (ours, spelled) = CLIPTokenizerFast.from_pretrained(BUNDLED), bundled()
     assert ours.encode(text) == theirs(as_clip(text), add_special_tokens=False)["input_ids"]
     assert (ours.start, ours.end, ours.pad) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert (ours.comma, ours.chunk_length) == (theirs.get_vocab()[",</w>"], theirs.model_max_length - 2)
     assert [spelled(token) for token in ours.encode(text)] == [theirs.decode([t]).strip() for t in ours.encode(text)]
