@@ -242,21 +242,24 @@ def test_a_point_of_the_finest_grid_is_found_in_every_layer() -> None:
 
 
 def test_each_latent_counts_by_what_the_weights_change_there(session, short, monkeypatch) -> None:
-    for name, value in {"FLOOR": 0.0, "LEVEL_FLOOR": 0.0, "LEVEL_POINTS": 10**6}.items():
+    for name, value in {"LEVEL_FLOOR": 0.0, "LEVEL_POINTS": 10**6}.items():
         monkeypatch.setattr(SketchInSentences, name, value)
     objective = make("sketch in sentences", session, short)
     count = len(objective.levels)
     assert objective.points % count == 0
     _, wanted, plain = in_sentences(session, short.prompt, ["{}"])
     every = torch.arange(objective.points)
-    with torch.no_grad():
-        rows = [objective._rows(layer, every, objective.levels) for layer in objective.recorded.layers]
-        pairs = zip(objective._sums(rows, wanted), objective._sums(rows, plain), strict=True)
-        changed = sum((a - b)[0].square().view(count, -1).mean(1) for a, b in pairs)
-    assert (changed > 0).all()
-    assert torch.allclose(changed, changed[:1].expand(count), rtol=1e-3)
+    for floor, other in ((0.0, plain), (1e12, objective.target.empty)):  # beyond its floor what an empty prompt changes
+        objective.FLOOR = floor
+        with torch.no_grad():
+            levels = objective._levels(count)
+            rows = [objective._rows(layer, every, levels) for layer in objective.recorded.layers]
+            pairs = zip(objective._sums(rows, wanted), objective._sums(rows, other), strict=True)
+            changed = sum((a - b)[0].square().view(count, -1).mean(1) for a, b in pairs)
+        assert (changed > 0).all()
+        assert torch.allclose(changed, changed[:1].expand(count), rtol=1e-3)
     assert objective.levels.max() > 1.5 * objective.levels.min()
-    monkeypatch.setattr(SketchInSentences, "LEVEL_FLOOR", 1e4)
+    objective.FLOOR, objective.LEVEL_FLOOR = 0.0, 1e4
     assert torch.allclose(objective._levels(count), torch.ones(count), rtol=1e-2)
 
 
