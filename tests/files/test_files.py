@@ -616,17 +616,18 @@ def test_safetensors_of_others(tmp_path):
     assert load(path).metadata == {}
 
 
-def write_card(path, content):
+def write_card(path, content, spaces=0):
     """As the webui saves one: a picture with base64 of JSON in a text chunk."""
-    text = json.dumps(content, default=lambda tensor: {"TORCHTENSOR": tensor.tolist()})
+    text = json.dumps(content, default=lambda tensor: {"TORCHTENSOR": tensor.tolist()}) + " " * spaces
     about = PngImagePlugin.PngInfo()
     about.add_text("parameters", "a cat")
     about.add_text("sd-ti-embedding", base64.b64encode(text.encode()))
     Image.new("RGB", (8, 8)).save(path, pnginfo=about)
 
 
-def test_png_card(tmp_path):
-    write_card(tmp_path / "inner-4999.png", webui_dict())
+@pytest.mark.parametrize("spaces", range(3))  # base64 of any length: with and without a sign of its end
+def test_png_card(tmp_path, spaces):
+    write_card(tmp_path / "inner-4999.png", webui_dict(), spaces)
     read = load(tmp_path / "inner-4999.png")
     assert read.name == "inner name"
     assert bits(read.vectors["clip_l"]) == bits(vectors())
