@@ -223,6 +223,15 @@ def test_a_cell_has_the_same_place_in_every_layer_also_at_the_edges(monkeypatch)
     assert len(sketch._cells(seen, (5, 7), half, torch.Generator())[1].hidden[0]) == 6
 
 
+def test_what_the_pooled_vector_does_is_one_number_for_each_latent() -> None:
+    nothing, gradients = torch.zeros(2, 1, 3), torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 5.0]])
+    objective = object.__new__(Sketch)
+    objective.recorded = Sketched([Layer(nothing, nothing, 1)], gradients, [])
+    objective.calls = [lambda hidden, _: hidden]
+    *_, sums = objective._sums(Conditioning(nothing[:1], torch.tensor([[1.0, 10.0, 100.0]])))
+    assert sums.tolist() == [21.0, 510.0]
+
+
 def test_a_point_of_the_finest_grid_is_found_in_every_layer() -> None:
     """Two latents of three cells: the hidden states say where they are, as latent, cell, row and column."""
 
