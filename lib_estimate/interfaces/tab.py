@@ -22,7 +22,6 @@ from lib_estimate.interfaces.fields import (
     COUNTS,
     LABELS,
     LEFT_OUT,
-    NUMBER,
     PART_HELP,
     WORDS,
     component,
@@ -35,12 +34,11 @@ from lib_estimate.interfaces.pictures import cards, gallery
 from lib_estimate.interfaces.shell import Shell, taken_in
 from lib_estimate.interfaces.stopped_tab import StoppedTab
 from lib_estimate.interfaces.tab_batch import BatchFields, watched
-from lib_estimate.interfaces.view import View, measuring, views
+from lib_estimate.interfaces.view import View, measuring, takes, views
 from lib_estimate.job import Outcome, cost_sentence
 from lib_estimate.progress import Cancel, Interrupted
 from lib_estimate.report.in_words import result_sentence
-from lib_estimate.request import INIT_TEXT, EstimateRequest, Use
-from lib_estimate.request import Target as Which
+from lib_estimate.request import INIT_TEXT, EstimateRequest
 
 log = logging.getLogger(__name__)
 JS = "_js" if gr.__version__.startswith("3.") else "js"
@@ -53,6 +51,9 @@ MOST_WAITING = 8  # presses of buttons in the tab without a webui
 LEARNING = (
     "steps", "learning_rate", "optimizer", "loss", "schedule", "warmup", "seed", "ema", "patience", "start",
     "tolerance", "batch", "queries", "memory", "clip_gradient", "trajectories",
+)  # fmt: skip
+COSTLY = (  # of which what a run takes is told anew when they change
+    "target", "stages", "part", "use", "images", "sampling_steps", "width", "height", "steps", "trajectories",
 )  # fmt: skip
 GENERATION = ("sampling_steps", "cfg_scale", "width", "height", "images")
 COPY = """(name) => {
@@ -120,10 +121,8 @@ class Tab:
             )  # fmt: skip
             self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
             self.count[name] = gr.Button(visible=False, elem_id=identifier(f"{name}_count"))
-        target, beside = self._field("target"), self._field("beside")
-        self._field("stages")
-        # A webui may put remembered values in later, so there what hangs on them begins visible.
-        beside.visible = not self.shell.live or target.value == WORDS[Which.NEGATIVE.value]
+        for field in ("target", "beside", "stages"):
+            self._field(field)
         self._field("take_over_lora").visible = not self.shell.live  # without a webui there are none
 
     def _saving(self) -> None:
@@ -143,17 +142,16 @@ class Tab:
         lines = "".join(f"<li><b>{WORDS[part.value]}</b>: {text}</li>" for part, text in PART_HELP.items())
         gr.HTML(f"<ul>{lines}</ul>", elem_id=identifier("parts"))
         self._field("effort")
-        use = self._field("use")
-        sentence = self._field("sentence")
-        sentence.visible = not self.shell.live or use.value == WORDS[Use.SENTENCE.value]
+        self.takes = gr.HTML(markup.efforts(takes(EstimateRequest())), elem_id=identifier("takes"))
+        self._field("use")
+        self._field("sentence")
         with gr.Row():
             self.fields["vectors"] = gr.Radio(
                 choices=list(COUNTS.values()), value=COUNTS[INIT_TEXT], label=LABELS["vectors"],
                 elem_id=identifier("vectors"), info="Auto: as few as keep the error below the tolerance",
             )  # fmt: skip
             self.fields["vector_count"] = gr.Number(
-                value=8, precision=0, label="Number of vectors", visible=not self.shell.live,
-                elem_id=identifier("vector_count"),
+                value=8, precision=0, label="Number of vectors", elem_id=identifier("vector_count"),
             )  # fmt: skip
         with gr.Row():
             self._field("init")
@@ -175,8 +173,7 @@ class Tab:
                 label="Loss and error", type="pil", interactive=False, height=320, elem_id=identifier("curve")
             )
         self.gallery = gr.Gallery(
-            label="Prompt, embedding, and what it is compared with; each row from the same noise",
-            elem_id=identifier("gallery"), columns=3,
+            label="Each row from the same noise", elem_id=identifier("gallery"), columns=3,
         )  # fmt: skip
         self.result = gr.HTML("", elem_id=identifier("result"))
         self.done = gr.Textbox(visible=False, elem_id=identifier("saved_name"))
@@ -193,7 +190,7 @@ class Tab:
     @property
     def outputs(self) -> list[Any]:
         """In the order of `_shown`. A webui adds its own text to the last."""
-        return [self.progress, self.curve, self.gallery, self.result, self.done, self.footer]
+        return [self.progress, self.curve, self.gallery, self.result, self.done, self.takes, self.footer]
 
     # ---- events ----
 
@@ -216,8 +213,11 @@ class Tab:
             button.click(lambda wanted=wanted: self._stop(wanted), inputs=[], outputs=[], queue=False)
         for name in self.counters:
             self._connect_counter(name)
-        self._connect_visibility()
         self._connect_name()
+        for name in COSTLY:
+            self.fields[name].change(
+                self._takes, inputs=[*self.fields.values()], outputs=[self.takes], queue=False, show_progress="hidden"
+            )
 
     @property
     def _alone(self) -> dict[str, Any]:
@@ -268,22 +268,17 @@ class Tab:
                 queue=False, show_progress="hidden",
             )  # fmt: skip
 
-    def _connect_visibility(self) -> None:
-        for source, shown, when in (
-            ("use", "sentence", WORDS[Use.SENTENCE.value]),
-            ("target", "beside", WORDS[Which.NEGATIVE.value]),
-            ("vectors", "vector_count", COUNTS[NUMBER]),
-        ):
-            self.fields[source].change(
-                lambda value, when=when: gr.update(visible=value == when),
-                inputs=[self.fields[source]], outputs=[self.fields[shown]], queue=False, show_progress="hidden",
-            )  # fmt: skip
-
     def _connect_name(self) -> None:
         self.copy.click(None, inputs=[self.done], outputs=[], **{JS: COPY})
         for (tab, side), button in self.send.items():
             send = f"(name) => {{ embeddingEstimateSend(name, '{tab}', {'true' if side == 'negative' else 'false'}); }}"
             button.click(None, inputs=[self.done], outputs=[], **{JS: send})
+
+    def _takes(self, *values: Any) -> Any:
+        try:
+            return markup.efforts(takes(self._request(values)))
+        except (EstimateError, ValueError, TypeError):  # of a field that is being typed in
+            return gr.update()
 
     def _count(self, text: str, steps: float, negative: bool) -> str:
         try:
@@ -432,6 +427,7 @@ class Tab:
             progress=markup.bar(1.0, None, f"Saved {saved}"), curve=view.curve,
             gallery=gallery(outcome.fidelity, outcome.title),
             result=markup.result(outcome.fidelity, lines, notes), done=next(iter(outcome.written.values())),
+            takes=markup.efforts(takes(request)),
         )  # fmt: skip
 
     def _failed(
@@ -453,5 +449,5 @@ class Tab:
 
     def _shown(self, **changes: Any) -> list[Any]:
         """Outputs, in their order; what isn't named stays as it is. The footer is emptied: the webui adds to it."""
-        names = ("progress", "curve", "gallery", "result", "done")
+        names = ("progress", "curve", "gallery", "result", "done", "takes")
         return [gr.update() if changes.get(name) is None else changes[name] for name in names] + [""]

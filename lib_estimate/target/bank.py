@@ -96,7 +96,7 @@ def bank_of(
         own = without_networks(own, negative, other, cfg_scale)
     empty = unweighted = None
     if references:
-        empty = other if _other_is_empty(target) else noise_under(session, x, timestep, target.empty)
+        empty = other if other_is_empty(target) else noise_under(session, x, timestep, target.empty)
     if references and plain and target.plain is not None:
         unweighted = guided_noise(session, x, timestep, step, target.plain, target.negative)
     return Bank(x, timestep, step, weight.repeat_interleave(seeds), own, empty, unweighted)
@@ -175,7 +175,7 @@ def _spread(available: int, count: int) -> list[int]:
     return [step * available // count for step in range(count)]
 
 
-def _other_is_empty(target: Target) -> bool:
+def other_is_empty(target: Target) -> bool:
     """Whether the prompt on the other side of CFG is empty, so that its eps is the empty prompt's."""
     guidance = target.with_embedding(target.empty)
     others = [[c for _, c in g.positive] if target.negative else [g.negative] for g in guidance]
