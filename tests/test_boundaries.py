@@ -29,7 +29,7 @@ ORDER = (
     "learn.resume", "learn.learning", "learn.starts", "learn.count", "learn.needs",
     "costs", "job", "measuring", "words", "batch",
     "interfaces", "interfaces.time_left", "interfaces.view", "interfaces.fields", "interfaces.markup",
-    "interfaces.shell",
+    "interfaces.effort_tab", "interfaces.shell",
     "interfaces.bug_report", "interfaces.pictures", "interfaces.tasks", "interfaces.asked", "interfaces.api",
     "interfaces.inside_tab", "interfaces.stopped_tab", "interfaces.tab_batch",
     "interfaces.tab", "interfaces.standalone_tab", "interfaces.show", "interfaces.many",
@@ -69,6 +69,7 @@ ONLY_IN = {
     "gradio": (
         "hosts.webui_shell",
         "interfaces.fields",
+        "interfaces.effort_tab",
         "interfaces.tab_batch",
         "interfaces.inside_tab",
         "interfaces.stopped_tab",

@@ -18,6 +18,7 @@ from lib_estimate.batch import Batch, summary
 from lib_estimate.errors import EstimateError, ReportFailed
 from lib_estimate.interfaces import markup
 from lib_estimate.interfaces.bug_report import bug_report
+from lib_estimate.interfaces.effort_tab import EffortTab
 from lib_estimate.interfaces.fields import (
     COUNTS,
     LABELS,
@@ -34,7 +35,7 @@ from lib_estimate.interfaces.pictures import cards, gallery
 from lib_estimate.interfaces.shell import Shell, taken_in
 from lib_estimate.interfaces.stopped_tab import StoppedTab
 from lib_estimate.interfaces.tab_batch import BatchFields, watched
-from lib_estimate.interfaces.view import View, measuring, takes, views
+from lib_estimate.interfaces.view import View, measuring, views
 from lib_estimate.job import Outcome, cost_sentence
 from lib_estimate.progress import Cancel, Interrupted
 from lib_estimate.report.in_words import result_sentence
@@ -51,9 +52,6 @@ MOST_WAITING = 8  # presses of buttons in the tab without a webui
 LEARNING = (
     "steps", "learning_rate", "optimizer", "loss", "schedule", "warmup", "seed", "ema", "patience", "start",
     "tolerance", "batch", "queries", "memory", "clip_gradient", "trajectories",
-)  # fmt: skip
-COSTLY = (  # of which what a run takes is told anew when they change
-    "target", "stages", "part", "use", "images", "sampling_steps", "width", "height", "steps", "trajectories",
 )  # fmt: skip
 GENERATION = ("sampling_steps", "cfg_scale", "width", "height", "images")
 COPY = """(name) => {
@@ -83,6 +81,7 @@ class Tab:
 
     def __init__(self, shell: Shell) -> None:
         self.shell, self.inside, self.stopped = shell, InsideTab(shell), StoppedTab(shell)
+        self.effort = EffortTab()
         self.fields: dict[str, Any] = {}
         self.cancel: Cancel | None = None  # of the run that goes on
         self.batch = BatchFields(shell.styles, shown=not shell.live)
@@ -142,7 +141,7 @@ class Tab:
         lines = "".join(f"<li><b>{WORDS[part.value]}</b>: {text}</li>" for part, text in PART_HELP.items())
         gr.HTML(f"<ul>{lines}</ul>", elem_id=identifier("parts"))
         self._field("effort")
-        self.takes = gr.HTML(markup.efforts(takes(EstimateRequest())), elem_id=identifier("takes"))
+        self.effort.lay_out()
         self._field("use")
         self._field("sentence")
         with gr.Row():
@@ -190,7 +189,7 @@ class Tab:
     @property
     def outputs(self) -> list[Any]:
         """In the order of `_shown`. A webui adds its own text to the last."""
-        return [self.progress, self.curve, self.gallery, self.result, self.done, self.takes, self.footer]
+        return [self.progress, self.curve, self.gallery, self.result, self.done, self.effort.line, self.footer]
 
     # ---- events ----
 
@@ -214,10 +213,7 @@ class Tab:
         for name in self.counters:
             self._connect_counter(name)
         self._connect_name()
-        for name in COSTLY:
-            self.fields[name].change(
-                self._takes, inputs=[*self.fields.values()], outputs=[self.takes], queue=False, show_progress="hidden"
-            )
+        self.effort.connect(self.fields, self._request)
 
     @property
     def _alone(self) -> dict[str, Any]:
@@ -273,12 +269,6 @@ class Tab:
         for (tab, side), button in self.send.items():
             send = f"(name) => {{ embeddingEstimateSend(name, '{tab}', {'true' if side == 'negative' else 'false'}); }}"
             button.click(None, inputs=[self.done], outputs=[], **{JS: send})
-
-    def _takes(self, *values: Any) -> Any:
-        try:
-            return markup.efforts(takes(self._request(values)))
-        except (EstimateError, ValueError, TypeError):  # of a field that is being typed in
-            return gr.update()
 
     def _count(self, text: str, steps: float, negative: bool) -> str:
         try:
@@ -427,7 +417,7 @@ class Tab:
             progress=markup.bar(1.0, None, f"Saved {saved}"), curve=view.curve,
             gallery=gallery(outcome.fidelity, outcome.title),
             result=markup.result(outcome.fidelity, lines, notes), done=next(iter(outcome.written.values())),
-            takes=markup.efforts(takes(request)),
+            takes=self.effort.said(request),
         )  # fmt: skip
 
     def _failed(
