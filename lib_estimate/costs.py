@@ -108,19 +108,20 @@ def of_request(request: EstimateRequest) -> list[Cost]:
     cases = {which: _read(request, which) for which in sides}
     if not request.several:
         return of_run(request, *cases.values())
+    parts = next(iter(cases.values())).parts[0]
     if not request.stages:
         learnt = [cost for case in cases.values() for cost in of_stages(request, replace(case, steady=True, starts=0))]
         return [
             *of_recording(request, cases[Which.PROMPT], 2),
             *learnt,
-            *of_report_of_words(request, [*cases.values()]),
+            *of_report_of_words(request, [*cases.values()], parts),
         ]
     costs: list[Cost] = []
     for which, text in sides.items():
         word = replace(cases[which], steady=True, starts=0, heavy=False)
         word = word if which is Which.NEGATIVE else replace(word, parts=(1,))
         costs += of_learning(replace(request, use=Use.WHOLE), word) * _texts(request, text)
-    return [*costs, *of_report_of_words(request, [*cases.values()])]
+    return [*costs, *of_report_of_words(request, [*cases.values()], parts)]
 
 
 def _read(request: EstimateRequest, which: Which) -> Case:
@@ -254,12 +255,11 @@ def of_report(request: EstimateRequest, case: Case, sentences: int, against_star
             yield from judged
 
 
-def of_report_of_words(request: EstimateRequest, cases: Sequence[Case]) -> Iterator[Cost]:
-    """Of all words of a request at once, on both sides of CFG."""
+def of_report_of_words(request: EstimateRequest, cases: Sequence[Case], parts: int) -> Iterator[Cost]:
+    """Of all words of a request at once, on both sides of CFG. parts: of AND in the prompt."""
     pictures, steps = request.images or SEEDS, request.sampling_steps
     whole, latents = pictures * steps, pictures * min(LEVELS, steps)
     weights = any(case.weights for case in cases)
-    parts = next((case.parts[0] for case in cases if not case.negative), cases[0].parts[0])
     left = parts if request.stages else 1  # with the words in their places
     guided, embedded = (1 + count + (count > 1) for count in (parts, left))
     yield Cost("Pictures (prompt)", whole * (1 + parts) + latents * (embedded + weights * guided))

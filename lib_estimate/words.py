@@ -178,8 +178,8 @@ def _planned(
     costs = [*of_recording(request, made[0][1], sides=2)] if at_once else []
     for word, case in made:
         costs += of_stages(word, case) if at_once else of_learning(word, case)
-    cases = [case for _, case in made]
-    return Planned((*costs, *(of_report_of_words(request, cases) if cases else ())), bill.spent)
+    cases, parts = [case for _, case in made], len(session.read(request.prompt, request.sampling_steps))
+    return Planned((*costs, *(of_report_of_words(request, cases, parts) if cases else ())), bill.spent)
 
 
 def _recorded_at_once(
