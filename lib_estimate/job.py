@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lib_estimate.costs import case_of, of_run
 from lib_estimate.errors import EstimateError, ReportFailed
 from lib_estimate.files import names
 from lib_estimate.files.claim import claimed
@@ -30,12 +31,12 @@ from lib_estimate.learn.initial import initial_vectors, wanted_count
 from lib_estimate.learn.learning import Run, come_to, learn
 from lib_estimate.learn.needs import Case, shared, shortage, shortage_said
 from lib_estimate.learn.resume import RunState
-from lib_estimate.progress import Cancel, Interrupted, Note, Phase, StepReport
+from lib_estimate.progress import Cancel, Interrupted, Note, Phase, Planned, StepReport
 from lib_estimate.report.against_start import Kept, measure_against
 from lib_estimate.report.checkpoints import court_of, exact_on
 from lib_estimate.report.fidelity import Court, Fidelity, first_good, report_sentences
 from lib_estimate.report.in_words import leaving_out
-from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Start, Use, forwards_of_a_picture
+from lib_estimate.request import AUTO_VECTORS, EstimateRequest, Format, Offload, Start, Use, forwards_of_a_picture
 from lib_estimate.request import Target as Which
 from lib_estimate.target.extra_networks import check_tags
 from lib_estimate.target.recording import Material, materials_of
@@ -61,7 +62,7 @@ class Outcome:
         return " / ".join(self.written.values())
 
 
-Progress = Phase | Note | StepReport | Outcome
+Progress = Planned | Phase | Note | StepReport | Outcome
 
 WENT_BACK = "As learnt, the vectors did worse somewhere than {}, so they go {:.0f}% of the way that was learnt."
 STAYED = "Nothing learnt did better everywhere than {}: the embedding is the prompt's words alone."
@@ -94,7 +95,10 @@ class Bill:
 
     def charge(self, part: str) -> None:
         """Puts everything that is on no other part's bill onto this one's."""
-        self.forwards[part] += sum(s.forwards for s in self.sessions) - sum(self.forwards.values())
+        self.forwards[part] += self.spent() - sum(self.forwards.values())
+
+    def spent(self) -> int:
+        return sum(session.forwards for session in self.sessions)
 
 
 def estimate(request: EstimateRequest, host: Host, cancel: Cancel | None = None) -> Iterator[Progress]:
@@ -152,10 +156,12 @@ def learnt(
     bill: Bill,
     materials: list[Material] | None = None,
     state: RunState | None = None,
+    one_of_several: bool = False,
 ) -> Iterator[Progress]:
     """The Run of one word, the vectors it started from, and the errors by number of vectors where that was tried.
 
-    materials: what was recorded of it already. state: where it is kept, and from where it may go on.
+    materials: what was recorded of it already. state: where it is kept, and from where it may go on. one_of_several:
+    what it will cost is said already, with the others.
     """
     origin = continued(request)
     session = sessions[0]
@@ -167,9 +173,13 @@ def learnt(
         yield Note(LEAVE_IT_OUT)
     saved = None if state is None else state.start_on(session.info.device)
     if saved is not None and state.saved.finished:
+        yield Planned(tuple(of_run(request, case_of(request, sessions, alone[0]))), bill.spent)
         return come_to(state, saved[0])[0], *saved
     if materials is None:
-        yield from arrange(request, sessions, alone[0])
+        recomputed = yield from arrange(request, sessions, alone[0])
+        if not one_of_several:
+            case = case_of(request, sessions, alone[0], recomputed=recomputed)
+            yield Planned(tuple(of_run(request, case)), bill.spent)
         materials = []
         for each, target in zip(sessions, alone, strict=True):
             materials += yield from materials_of(request, each, target, cancel)
@@ -253,7 +263,7 @@ def notes_on(request: EstimateRequest, session: Session, origin: Continued | Non
 
 
 def arrange(request: EstimateRequest, sessions: Sequence[Session], alone: Target) -> Iterator[Note]:
-    """Shares out the device's memory, before anything needs much of it."""
+    """Shares out the device's memory, before anything needs much of it. Whether activations are computed again."""
     steady, room = alone.single() is not None, shared([session.room() for session in sessions])
     way = Case(request, sessions[0].info, room, alone.composed(), steady).way()
     for session in sessions:
@@ -262,6 +272,7 @@ def arrange(request: EstimateRequest, sessions: Sequence[Session], alone: Target
             session.save_memory()
     if way.note:
         yield Note(way.note)
+    return way.recompute or way.mode is Offload.BLOCKS
 
 
 def own_tokens_do(request: EstimateRequest, sessions: Sequence[Session], alone: Sequence[Target]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lib_estimate.costs import case_of, of_report
 from lib_estimate.errors import EstimateError
 from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts.base import Host, Network
@@ -15,13 +16,13 @@ from lib_estimate.hosts.several import in_turn
 from lib_estimate.job import check_size
 from lib_estimate.learn.continued import fitting_vectors
 from lib_estimate.learn.needs import shortage_said
-from lib_estimate.progress import Next, Note, Phase
+from lib_estimate.progress import Next, Note, Phase, Planned
 from lib_estimate.report.fidelity import Court, Fidelity, OnCheckpoint, first_good, report_sentences
 from lib_estimate.request import EstimateRequest
 from lib_estimate.target.target import build_target
 
 
-def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iterator[Phase | Note | Fidelity]:
+def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iterator[Planned | Phase | Note | Fidelity]:
     """Measures an embedding against a prompt, as at the end of an estimate; last yields the Fidelity.
 
     On each of a host's checkpoints, one after the other. One that the embedding can't be measured on is noted and left
@@ -41,7 +42,9 @@ def measured(embedding: Embedding, request: EstimateRequest, host: Host) -> Iter
     yield rows[0].fidelity if total == 1 else replace(rows[0].fidelity, checkpoints=tuple(rows))
 
 
-def _row(embedding: Embedding, request: EstimateRequest, host: Host, number: int, total: int) -> Iterator[Phase | Note]:
+def _row(
+    embedding: Embedding, request: EstimateRequest, host: Host, number: int, total: int
+) -> Iterator[Planned | Phase | Note]:
     """What comes of one checkpoint, an OnCheckpoint."""
     with host.session(tags=request.take_over_lora) as session, shortage_said(request, [session]):
         info = session.info
@@ -50,7 +53,11 @@ def _row(embedding: Embedding, request: EstimateRequest, host: Host, number: int
         check_size(request, [info])
         vectors = fitting_vectors(embedding, info)
         session.place(Network.TEXT)
-        court = Court(session, build_target(request, session), request, report_sentences(request))
+        target, chosen = build_target(request, session), report_sentences(request)
+        court = Court(session, target, request, chosen)
+        yield Planned(
+            tuple(of_report(request, case_of(request, [session], target), len(chosen))), lambda: session.forwards
+        )
         for progress in first_good(court, [lambda: vectors]):
             if isinstance(progress, Fidelity):
                 return OnCheckpoint(info.name, info.hash, progress, court.below_plain(progress))

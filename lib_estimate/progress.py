@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lib_estimate.errors import EstimateError
@@ -18,6 +19,23 @@ class Phase:
     name: str
     done: int
     total: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a phase will cost: U-Net forward-equivalents, and what it computes without the U-Net, in forwards' worth."""
+
+    phase: str  # as its progress calls it; of learning "Learning (part)"
+    forwards: int
+    aside: float = 0.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to come, in order, before it begins; and what counts how many forwards there have been so far."""
+
+    costs: tuple[Cost, ...]
+    spent: Callable[[], int]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lib_estimate import job
+from lib_estimate.costs import case_of, of_learning, of_recording, of_report_of_words, of_stages
 from lib_estimate.errors import RequestError
 from lib_estimate.files.claim import claimed
 from lib_estimate.files.destination import first_name
@@ -24,7 +25,7 @@ from lib_estimate.hosts.several import each_of
 from lib_estimate.learn.initial import initial_vectors
 from lib_estimate.learn.learning import Run
 from lib_estimate.learn.needs import shortage_said
-from lib_estimate.progress import Cancel, Interrupted, Next, Note, Phase
+from lib_estimate.progress import Cancel, Interrupted, Next, Note, Phase, Planned
 from lib_estimate.report.court_of_words import CourtOfWords
 from lib_estimate.report.fidelity import Fidelity, exact, first_good
 from lib_estimate.request import EstimateRequest, Use
@@ -139,6 +140,7 @@ def _learn(
     """All words in their places, and what became of each."""
     targets = [build_target(word, session, beside=request.prompt) for word in apart.words]
     together = build_together(request, session, targets, apart.texts)
+    yield _planned(request, session, apart, targets, bill)
     materials = yield from _recorded_at_once(request, session, targets, cancel)
     bill.charge("recording")
     learnt: list[Learnt] = []
@@ -150,12 +152,34 @@ def _learn(
             learnt.append(Learnt(start, Run(start, [], [], "interrupted")))
             continue
         run, start, _ = yield from job.learnt(
-            word, [session], [target], cancel, bill, materials=None if materials is None else [materials[number]]
+            word,
+            [session],
+            [target],
+            cancel,
+            bill,
+            None if materials is None else [materials[number]],
+            one_of_several=True,
         )
         learnt.append(Learnt(start, run))
         if cancel.wanted == "discard":
             raise Interrupted("Interrupted. Nothing was saved.")
     return together, learnt
+
+
+def _planned(
+    request: EstimateRequest, session: Session, apart: TakenApart, targets: Sequence[Target], bill: job.Bill
+) -> Planned:
+    made = [
+        (word, case_of(word, [session], target))
+        for word, target in zip(apart.words, targets, strict=True)
+        if not job.own_tokens_do(word, [session], [target])
+    ]
+    at_once = not request.stages and len(made) == len(apart.words)
+    costs = [*of_recording(request, made[0][1], sides=2)] if at_once else []
+    for word, case in made:
+        costs += of_stages(word, case) if at_once else of_learning(word, case)
+    cases, parts = [case for _, case in made], len(session.read(request.prompt, request.sampling_steps))
+    return Planned((*costs, *(of_report_of_words(request, cases, parts) if cases else ())), bill.spent)
 
 
 def _recorded_at_once(

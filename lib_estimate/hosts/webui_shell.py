@@ -128,7 +128,7 @@ class WebuiShell:
 
     def show(self, view: Any) -> None:
         state = shared.state
-        state.textinfo = view.words
+        state.textinfo = view.short  # in one line
         state.job_count, state.job_no = 1, 0
         state.sampling_steps, state.sampling_step = PARTS_OF_PROGRESS, int(view.fraction * PARTS_OF_PROGRESS)
         if view.curve is not None:

@@ -306,6 +306,8 @@ class _Bars:
             self.name = ""
             sys.stderr.write(f"note: {progress.text}\n")
             return
+        if hasattr(progress, "costs"):
+            return
         learning = hasattr(progress, "loss")
         name = f"Learning ({progress.part})" if learning else progress.name
         done, total = (progress.step, progress.steps) if learning else (progress.done, progress.total)

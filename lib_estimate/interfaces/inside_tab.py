@@ -36,9 +36,7 @@ class InsideTab:
         self.shell = shell
 
     def lay_out(self) -> None:
-        with gr.Accordion(
-            "An embedding you have: what is inside, how close it comes", open=False, elem_id=identifier("inside")
-        ):
+        with gr.Accordion("An embedding you have", open=False, elem_id=identifier("inside")):
             gr.HTML(f"<p>{ABOUT}</p>", elem_id=identifier("inside_about"))
             with gr.Row():
                 self.name = gr.Dropdown(

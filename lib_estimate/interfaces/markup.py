@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lib_estimate.batch import HEADINGS, Row, cells, summary
-from lib_estimate.interfaces.fields import in_the_tab
+from lib_estimate.interfaces.fields import WORDS, in_the_tab
+from lib_estimate.interfaces.view import duration
 from lib_estimate.report.fidelity import Fidelity
 
 
 def bar(fraction: float, seconds_left: float | None, words: str) -> str:
-    left = f", about {_duration(seconds_left)} left" if seconds_left else ""
+    left = f", about {duration(seconds_left)} left" if seconds_left else ""
     share = f"{100 * fraction:.0f}%"
     return (
         f"<div class='bar'><div style='width:{share}'></div></div>"
@@ -19,8 +20,10 @@ def bar(fraction: float, seconds_left: float | None, words: str) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+def efforts(takes: Mapping[str, str]) -> str:
+    """What a run takes with each effort."""
+    said = ", ".join(f"<b>{WORDS[effort]}</b> {words}" for effort, words in takes.items())
+    return f"<p class='words'>{said}, with the report</p>"
 
 
 def idle() -> str:

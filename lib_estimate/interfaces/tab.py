@@ -18,11 +18,11 @@ from lib_estimate.batch import Batch, summary
 from lib_estimate.errors import EstimateError, ReportFailed
 from lib_estimate.interfaces import markup
 from lib_estimate.interfaces.bug_report import bug_report
+from lib_estimate.interfaces.effort_tab import EffortTab
 from lib_estimate.interfaces.fields import (
     COUNTS,
     LABELS,
     LEFT_OUT,
-    NUMBER,
     PART_HELP,
     WORDS,
     component,
@@ -39,8 +39,7 @@ from lib_estimate.interfaces.view import View, measuring, views
 from lib_estimate.job import Outcome, cost_sentence
 from lib_estimate.progress import Cancel, Interrupted
 from lib_estimate.report.in_words import result_sentence
-from lib_estimate.request import INIT_TEXT, EstimateRequest, Use
-from lib_estimate.request import Target as Which
+from lib_estimate.request import INIT_TEXT, EstimateRequest
 
 log = logging.getLogger(__name__)
 JS = "_js" if gr.__version__.startswith("3.") else "js"
@@ -82,6 +81,7 @@ class Tab:
 
     def __init__(self, shell: Shell) -> None:
         self.shell, self.inside, self.stopped = shell, InsideTab(shell), StoppedTab(shell)
+        self.effort = EffortTab()
         self.fields: dict[str, Any] = {}
         self.cancel: Cancel | None = None  # of the run that goes on
         self.batch = BatchFields(shell.styles, shown=not shell.live)
@@ -120,10 +120,8 @@ class Tab:
             )  # fmt: skip
             self.counters[name] = gr.HTML("", elem_id=identifier(f"{name}_tokens"))
             self.count[name] = gr.Button(visible=False, elem_id=identifier(f"{name}_count"))
-        target, beside = self._field("target"), self._field("beside")
-        self._field("stages")
-        # A webui may put remembered values in later, so there what hangs on them begins visible.
-        beside.visible = not self.shell.live or target.value == WORDS[Which.NEGATIVE.value]
+        for field in ("target", "beside", "stages"):
+            self._field(field)
         self._field("take_over_lora").visible = not self.shell.live  # without a webui there are none
 
     def _saving(self) -> None:
@@ -143,17 +141,16 @@ class Tab:
         lines = "".join(f"<li><b>{WORDS[part.value]}</b>: {text}</li>" for part, text in PART_HELP.items())
         gr.HTML(f"<ul>{lines}</ul>", elem_id=identifier("parts"))
         self._field("effort")
-        use = self._field("use")
-        sentence = self._field("sentence")
-        sentence.visible = not self.shell.live or use.value == WORDS[Use.SENTENCE.value]
+        self.effort.lay_out()
+        self._field("use")
+        self._field("sentence")
         with gr.Row():
             self.fields["vectors"] = gr.Radio(
                 choices=list(COUNTS.values()), value=COUNTS[INIT_TEXT], label=LABELS["vectors"],
                 elem_id=identifier("vectors"), info="Auto: as few as keep the error below the tolerance",
             )  # fmt: skip
             self.fields["vector_count"] = gr.Number(
-                value=8, precision=0, label="Number of vectors", visible=not self.shell.live,
-                elem_id=identifier("vector_count"),
+                value=8, precision=0, label="Number of vectors", elem_id=identifier("vector_count"),
             )  # fmt: skip
         with gr.Row():
             self._field("init")
@@ -175,8 +172,7 @@ class Tab:
                 label="Loss and error", type="pil", interactive=False, height=320, elem_id=identifier("curve")
             )
         self.gallery = gr.Gallery(
-            label="Prompt, embedding, and what it is compared with; each row from the same noise",
-            elem_id=identifier("gallery"), columns=3,
+            label="Each row from the same noise", elem_id=identifier("gallery"), columns=3,
         )  # fmt: skip
         self.result = gr.HTML("", elem_id=identifier("result"))
         self.done = gr.Textbox(visible=False, elem_id=identifier("saved_name"))
@@ -193,7 +189,7 @@ class Tab:
     @property
     def outputs(self) -> list[Any]:
         """In the order of `_shown`. A webui adds its own text to the last."""
-        return [self.progress, self.curve, self.gallery, self.result, self.done, self.footer]
+        return [self.progress, self.curve, self.gallery, self.result, self.done, self.effort.line, self.footer]
 
     # ---- events ----
 
@@ -216,8 +212,8 @@ class Tab:
             button.click(lambda wanted=wanted: self._stop(wanted), inputs=[], outputs=[], queue=False)
         for name in self.counters:
             self._connect_counter(name)
-        self._connect_visibility()
         self._connect_name()
+        self.effort.connect(self.fields, self._request)
 
     @property
     def _alone(self) -> dict[str, Any]:
@@ -266,17 +262,6 @@ class Tab:
                 lambda text, steps: self._count(text, steps, name == "negative"),
                 inputs=[self.fields[name], self.fields["sampling_steps"]], outputs=[self.counters[name]],
                 queue=False, show_progress="hidden",
-            )  # fmt: skip
-
-    def _connect_visibility(self) -> None:
-        for source, shown, when in (
-            ("use", "sentence", WORDS[Use.SENTENCE.value]),
-            ("target", "beside", WORDS[Which.NEGATIVE.value]),
-            ("vectors", "vector_count", COUNTS[NUMBER]),
-        ):
-            self.fields[source].change(
-                lambda value, when=when: gr.update(visible=value == when),
-                inputs=[self.fields[source]], outputs=[self.fields[shown]], queue=False, show_progress="hidden",
             )  # fmt: skip
 
     def _connect_name(self) -> None:
@@ -432,6 +417,7 @@ class Tab:
             progress=markup.bar(1.0, None, f"Saved {saved}"), curve=view.curve,
             gallery=gallery(outcome.fidelity, outcome.title),
             result=markup.result(outcome.fidelity, lines, notes), done=next(iter(outcome.written.values())),
+            takes=self.effort.said(request),
         )  # fmt: skip
 
     def _failed(
@@ -453,5 +439,5 @@ class Tab:
 
     def _shown(self, **changes: Any) -> list[Any]:
         """Outputs, in their order; what isn't named stays as it is. The footer is emptied: the webui adds to it."""
-        names = ("progress", "curve", "gallery", "result", "done")
+        names = ("progress", "curve", "gallery", "result", "done", "takes")
         return [gr.update() if changes.get(name) is None else changes[name] for name in names] + [""]

@@ -68,8 +68,10 @@ def watched(batch: Batch, host: Host, cancel: Cancel) -> Iterator[tuple[View, Mo
             number, watcher = moment.number, Watcher(moment.line.request)
         where = f"Line {number} of {moment.total} ({moment.line.request.name.strip()})"
         if isinstance(moment.progress, Row):
-            yield View(number / moment.total, None, f"{where}: {moment.progress.state}", (), None, None), moment
+            words = f"{where}: {moment.progress.state}"
+            yield View(number / moment.total, None, words, words, (), None, None), moment
         else:
             view = watcher.see(moment.progress)
             fraction = (number - 1 + view.fraction) / moment.total
-            yield View(fraction, None, f"{where}: {view.words}", (), view.curve, None), moment
+            words, short = f"{where}: {view.words}", f"{number} of {moment.total}: {view.short}"
+            yield View(fraction, None, words, short, (), view.curve, None), moment

@@ -5,39 +5,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
+from lib_estimate.costs import of_request
 from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts.base import Host
+from lib_estimate.interfaces.time_left import Pace, TimeLeft
 from lib_estimate.job import Outcome, Progress
+from lib_estimate.learn.plan import Goal
 from lib_estimate.measuring import measured
-from lib_estimate.progress import Cancel, Next, Note, StepReport
+from lib_estimate.progress import Cancel, Next, Note, Planned, StepReport
 from lib_estimate.report.fidelity import Fidelity
+from lib_estimate.report.in_words import LEFT_OUT
 from lib_estimate.report.plots import live_curve
-from lib_estimate.request import EstimateRequest, Part, Use
+from lib_estimate.request import Effort, EstimateRequest, Part, Use
 from lib_estimate.words import estimate
 
 CURVE_EVERY = 1.0  # seconds
-# Where a phase begins in the whole job, as shares of its U-Net forwards at the default effort.
-BEGINS = {
-    "Recording the target": 0.0,
-    "Recording checks": 0.055,
-    "Trying numbers": 0.085,
-    "Sketching the U-Net": 0.085,
-    "Learning (cross-attention)": 0.17,
-    "Learning (sketch)": 0.21,
-    "Learning": 0.26,
-    "Pictures (prompt)": 0.52,
-    "Pictures (unweighted)": 0.63,
-    "Sentences": 0.74,
-    "Noise": 0.83,
-    "Pictures (embedding)": 0.86,
+NETWORK = {  # what a stage looks at
+    Goal.HIDDEN_STATES: "text encoder",
+    Goal.CROSS_ATTENTION: "cross-attention",
+    Goal.SKETCH: "sketch",
+    Goal.NOISE: "U-Net",
+    Goal.NOISE_AND_SKETCH: "U-Net",
 }
-REPORT = BEGINS["Pictures (prompt)"]  # which is made once, of all words together
-SAME = {"Pictures (empty)": "Pictures (unweighted)", "Other prompts": "Sentences"}
-ENDS = dict(zip(BEGINS, [*list(BEGINS.values())[1:], 1.0], strict=True))
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,7 @@ class View:
     fraction: float
     seconds_left: float | None
     words: str
+    short: str  # of the words what fits into one line beside a bar
     notes: tuple[str, ...]
     curve: Image.Image | None
     outcome: Outcome | None
@@ -57,11 +51,11 @@ class Watcher:
     """Turns a job's progress into views."""
 
     request: EstimateRequest
-    started: float = field(default_factory=time.monotonic)
-    fraction: float = 0.0
+    time: TimeLeft = field(default_factory=TimeLeft)
     notes: list[str] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
     errors: list[tuple[int, float]] = field(default_factory=list)
+    short: str = ""
     drawn: float = 0.0
     before: int = 0  # steps of earlier stages
     part: str = ""
@@ -70,28 +64,26 @@ class Watcher:
 
     def see(self, progress: Progress) -> View:
         words = ""
-        if isinstance(progress, Next):
+        if isinstance(progress, Planned):
+            self.time.begin(progress)
+        elif isinstance(progress, Next):
             self.word, self.words, words = progress.number, progress.total, progress.text
+            self.short = words
         elif isinstance(progress, Note):
             self.notes.append(progress.text)
             words = progress.text
         elif isinstance(progress, StepReport):
             words = self._learning(progress)
         elif isinstance(progress, Outcome):
-            self.fraction, words = 1.0, "Done."
+            self.time.fraction, words = 1.0, "Done."
+            known[_like(self.request)] = self.time.pace
+            self.short = words
         else:
-            self._move(progress.name, progress.done / max(progress.total, 1))
-            words = f"{progress.name}: {progress.done} of {progress.total}"
+            self.time.move(progress.name, progress.done / max(progress.total, 1))
+            words = self.short = f"{progress.name}: {progress.done} of {progress.total}"
         outcome = progress if isinstance(progress, Outcome) else None
-        return View(self.fraction, self._left(), words, tuple(self.notes), self._curve(outcome), outcome)
-
-    def _move(self, phase: str, share: float) -> None:
-        phase = SAME.get(phase, phase)
-        begin, end = BEGINS.get(phase, self.fraction), ENDS.get(phase, self.fraction)
-        whole = min(1.0, begin + share * (end - begin))
-        if whole < REPORT:  # what comes again for each word
-            whole = (REPORT * (self.word - 1) + whole) / self.words
-        self.fraction = max(self.fraction, whole)
+        left = None if outcome else self.time.left()
+        return View(self.time.fraction, left, words, self.short, tuple(self.notes), self._curve(outcome), outcome)
 
     def _learning(self, report: StepReport) -> str:
         if report.part != self.part:
@@ -102,28 +94,49 @@ class Watcher:
         self.losses.append((at, report.loss))
         if report.error is not None and math.isfinite(report.error):
             self.errors.append((at, report.error))
-        own = f"Learning ({report.part})"
-        self._move(own if own in BEGINS else "Learning", report.step / report.steps)
+        self.time.move(f"Learning ({report.part})", report.step / report.steps)
+        self.short = f"Learning, {NETWORK[report.part]}: {report.step} of {report.steps}, error {report.best_error:.3f}"
         return (
             f"Learning ({report.part}): step {report.step} of {report.steps}, loss {report.loss:.4f}, "
             f"error {report.best_error:.4f} (it was {report.start_error:.4f} at the start)"
         )
-
-    def _left(self) -> float | None:
-        spent = time.monotonic() - self.started
-        return spent / self.fraction - spent if self.fraction > 0.05 else None
 
     def _curve(self, outcome: Outcome | None) -> Image.Image | None:
         now = time.monotonic()
         if not self.losses or (outcome is None and now - self.drawn < CURVE_EVERY):
             return None
         self.drawn = now
-        return live_curve(self.losses, self.errors, self._unweighted(outcome))
+        return live_curve(self.losses, self.errors, *self._left_out(outcome))
 
-    def _unweighted(self, outcome: Outcome | None) -> float | None:
-        """The error without weights, where the curve's errors are on its scale: learnt in sentences, they are not."""
+    def _left_out(self, outcome: Outcome | None) -> tuple[float | None, str]:
+        """The error without what the prompt changes by, and what that is; None where the curve's errors are on another
+        scale: learnt in sentences they are, and those of several words, each of which has its own."""
         in_sentences = self.request.use is Use.ANYWHERE and self.request.part in (Part.AUTO, Part.CROSS_ATTENTION)
-        return None if outcome is None or in_sentences else outcome.fidelity.unweighted_noise
+        if outcome is None or in_sentences or self.words > 1:
+            return None, ""
+        return outcome.fidelity.unweighted_noise, LEFT_OUT.get(outcome.fidelity.reference, "")
+
+
+known: dict[tuple[int, int], Pace] = {}  # of the last run at each size of the pictures, as long as the program lives
+
+
+def _like(request: EstimateRequest) -> tuple[int, int]:
+    return request.width, request.height
+
+
+def takes(request: EstimateRequest) -> dict[Effort, str]:
+    """What a request takes with each effort, in words: in time where a run at its size has been timed."""
+    said, pace = {}, known.get(_like(request), Pace())
+    for effort in Effort:
+        costs = of_request(replace(request, effort=effort))
+        seconds = pace.of(costs)
+        pictures = sum(cost.forwards + cost.aside for cost in costs) / (2 * request.sampling_steps)
+        said[effort] = f"about {pictures:.0f} pictures' worth" if seconds is None else f"about {duration(seconds)}"
+    return said
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def views(request: EstimateRequest, host: Host, cancel: Cancel) -> Iterator[View]:
@@ -138,12 +151,11 @@ def measuring(embedding: Embedding, request: EstimateRequest, host: Host) -> Ite
     number, total, watcher, notes = 1, 1, Watcher(request), []
     for progress in measured(embedding, request, host):
         if isinstance(progress, Fidelity):
-            yield View(1.0, None, "Measured.", tuple(notes), None, None), progress
+            yield View(1.0, None, "Measured.", "Measured.", tuple(notes), None, None), progress
             return
         if isinstance(progress, Next):
             number, total, watcher = progress.number, progress.total, Watcher(request)
         elif isinstance(progress, Note):
             notes.append(progress.text)
-        words = progress.text if isinstance(progress, Note) else watcher.see(progress).words
-        share = max(0.0, (watcher.fraction - REPORT) / (1 - REPORT))
-        yield View((number - 1 + share) / total, None, words, tuple(notes), None, None), None
+        view = watcher.see(progress)
+        yield View((number - 1 + view.fraction) / total, None, view.words, view.short, tuple(notes), None, None), None

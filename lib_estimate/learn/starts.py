@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -10,17 +11,31 @@ from lib_estimate.files.embedding import Vectors
 from lib_estimate.hosts.base import Network, PromptPart, Session
 from lib_estimate.learn.initial import fitted, initial_vectors, pooled
 from lib_estimate.progress import Phase
-from lib_estimate.request import EstimateRequest, Start
+from lib_estimate.request import AUTO_VECTORS, INIT_TEXT, EstimateRequest, Start
 from lib_estimate.target.bank import noise_under
 from lib_estimate.target.error import share_of_empty
 from lib_estimate.target.recording import Material, place
 from lib_estimate.target.texts import texts_of
 
 
+def how_many(request: EstimateRequest, session: Session, negative: bool) -> int:
+    """How many candidates `best_start` looks at; 0 where there is nothing to choose."""
+    parts = session.read(request.text, request.sampling_steps, negative=negative)
+    if _given(request) or len(texts_of(parts)) == 1:
+        return 0
+    one = replace(request, vectors=INIT_TEXT) if request.vectors == AUTO_VECTORS else request
+    return len(candidates(session, parts, len(next(iter(initial_vectors(one, session).values())))))
+
+
+def _given(request: EstimateRequest) -> bool:
+    """Whether the start is something else than the prompt's own tokens."""
+    return bool(request.init.strip() or request.continue_from.strip() or request.start is Start.RANDOM)
+
+
 def best_start(request: EstimateRequest, session: Session, materials: list[Material]) -> Iterator[Phase]:
     """The vectors to start from. Where they are the prompt's own and it is several texts, each candidate is looked at
     on the latents of the checks; what counts is what moves the picture."""
-    if request.init.strip() or request.continue_from.strip() or request.start is Start.RANDOM:
+    if _given(request):
         return initial_vectors(request, session)
     parts = session.read(request.text, request.sampling_steps, negative=materials[0].target.negative)
     texts = texts_of(parts)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -89,18 +90,22 @@ def curve(path: Path, losses: Sequence[float], errors: Sequence[tuple[int, float
 
 
 CURVE_SIZE = (640, 320)
-MARGIN = 46  # pixels, for the numbers of the axis
+LEFT, TOP, BOTTOM = 52, 28, 56  # pixels, for the numbers and words of the axes and the legend
+GREY, BLUE, RED, INK = (165, 165, 165), (30, 100, 200), (200, 40, 40), (80, 80, 80)
 
 
 def live_curve(
-    losses: Sequence[tuple[int, float]], errors: Sequence[tuple[int, float]], unweighted: float | None
+    losses: Sequence[tuple[int, float]],
+    errors: Sequence[tuple[int, float]],
+    unweighted: float | None,
+    left_out: str = "the weights",
 ) -> Image.Image:
     """The curve as it grows, quickly drawn: losses and errors as (step, value) on a logarithmic axis.
 
     Where an error is not a number, its line breaks off.
 
-    Grey: the loss of each step. Blue: the error that the best vectors are picked by. Red, dashed: the prompt without
-    its weights.
+    Grey: the loss of each step. Blue: the error that the best vectors are picked by, of what isn't learnt from. Red,
+    dashed: the prompt without `left_out`.
     """
     width, height = CURVE_SIZE
     out = Image.new("RGB", CURVE_SIZE, "white")
@@ -113,23 +118,36 @@ def live_curve(
 
     def at(step: float, value: float) -> tuple[float, float]:
         up = (math.log10(max(value, 10**low)) - low) / max(high - low, 1)
-        return MARGIN + step / last * (width - MARGIN - GAP), height - MARGIN / 2 - up * (height - MARGIN)
+        return LEFT + step / last * (width - LEFT - 2 * GAP), height - BOTTOM - up * (height - TOP - BOTTOM)
 
     for power in range(low, high + 1):
         y = at(0, 10.0**power)[1]
-        pen.line((MARGIN, y, width - GAP, y), fill=(225, 225, 225))
-        pen.text((4, y - 7), f"{10.0**power:g}", fill=(110, 110, 110), font=font)
-    pen.line([at(s, v) for s, v in losses if v > 0], fill=(165, 165, 165), width=1)
+        pen.line((LEFT, y, width - GAP, y), fill=(225, 225, 225))
+        pen.text((4, y - 7), f"{10.0**power:g}", fill=INK, font=font)
+    pen.line([at(s, v) for s, v in losses if v > 0], fill=GREY, width=1)
     for gap, stretch in groupby(errors, lambda point: math.isnan(point[1])):
         points = [] if gap else [at(step, error) for step, error in stretch]
         for x, y in points:
-            pen.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), fill=(30, 100, 200))
-        pen.line(points, fill=(30, 100, 200), width=2)
+            pen.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), fill=BLUE)
+        pen.line(points, fill=BLUE, width=2)
     if unweighted:
         y = at(0, unweighted)[1]
-        for x in range(MARGIN, width - GAP, 12):
-            pen.line((x, y, x + 6, y), fill=(200, 40, 40), width=2)
-    legend = "grey: loss   blue: error to pick by" + ("   red: the prompt without its weights" if unweighted else "")
-    # Below, because a tab puts its own label over the upper corner.
-    pen.text((MARGIN, height - 18), f"step {last}   {legend}", fill=(90, 90, 90), font=font)
+        for x in range(LEFT, width - GAP, 12):
+            pen.line((x, y, x + 6, y), fill=RED, width=2)
+    _labelled(pen, font, last, f"without {left_out}" if unweighted else "")
     return out
+
+
+def _labelled(pen: ImageDraw.ImageDraw, font: Any, last: int, reference: str) -> None:
+    """The words of the axes and the legend; none in the upper corners, over which a tab puts its label and buttons."""
+    (width, height), up = CURVE_SIZE, CURVE_SIZE[1] - BOTTOM
+    above = "distance to the prompt (lower is closer)"
+    pen.text(((width - pen.textlength(above, font=font)) / 2, 4), above, fill=INK, font=font)
+    pen.text((LEFT, up + 6), "learning step", fill=INK, font=font)
+    pen.text((width - GAP - pen.textlength(str(last), font=font), up + 6), str(last), fill=INK, font=font)
+    left = LEFT
+    for colour, words in ((GREY, "loss of each step"), (BLUE, "error on what is not learnt from"), (RED, reference)):
+        if words:
+            pen.line((left, height - 14, left + 18, height - 14), fill=colour, width=3)
+            pen.text((left + 24, height - 22), words, fill=INK, font=font)
+            left += 24 + pen.textlength(words, font=font) + 20

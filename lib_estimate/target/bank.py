@@ -98,7 +98,7 @@ def bank_of(
         own = without_networks(own, negative, other, cfg_scale)
     empty = unweighted = None
     if references:
-        known = other is not None and _other_is_empty(target)
+        known = other is not None and other_is_empty(target)
         empty = other if known else noise_under(session, x, timestep, target.empty)
     if references and plain and target.plain is not None:
         unweighted = guided_noise(session, x, timestep, step, target.plain, target.negative)
@@ -178,7 +178,7 @@ def _spread(available: int, count: int) -> list[int]:
     return [step * available // count for step in range(count)]
 
 
-def _other_is_empty(target: Target) -> bool:
+def other_is_empty(target: Target) -> bool:
     """Whether the prompt on the other side of CFG is empty, so that its eps is the empty prompt's."""
     guidance = target.with_embedding(target.empty)
     others = [[c for _, c in g.positive] if target.negative else [g.negative] for g in guidance]

@@ -64,6 +64,13 @@ def checks(request: EstimateRequest) -> Recording:
     return replace(what, steps=min(what.steps, request.sampling_steps))
 
 
+def generations(request: EstimateRequest, what: Recording, groups: int) -> int:
+    """How many there are in all, where `groups` prompts take turns. Of each of the user's own there is at least one, if
+    he hasn't said how many."""
+    count = what.count * len(what.offsets)
+    return count if request.trajectories or groups == 1 else max(count, len(besides.own(request)))
+
+
 @dataclass(frozen=True)
 class Material:
     """What is learnt from, for one sentence (or the prompt alone) on one checkpoint."""
@@ -111,13 +118,11 @@ def _recorded(
     request: EstimateRequest, session: Session, groups: Sequence[tuple[Target, ...]], cancel: Cancel
 ) -> Iterator[Phase]:
     """A Material for each side. groups: the sides that are recorded together, again and again with other prompts beside
-    them; in each place they say the same. Of each of the user's own prompts there is at least one generation, if he
-    hasn't said how many."""
-    own = len(besides.own(request))
+    them; in each place they say the same."""
 
     def recorded(phase: str, region: int, what: Recording, order: Sequence[tuple], **how: Any) -> Iterator[Phase]:
-        count = max(what.count * len(what.offsets), 0 if request.trajectories or len(order) == 1 else own)
-        whole = _ways(latent_noise(request, session, region, count), what, order)
+        noise = latent_noise(request, session, region, generations(request, what, len(order)))
+        whole = _ways(noise, what, order)
         budget = int(request.memory * 2**30) // 2 // len(order[0])
 
         def once(most: int) -> Iterator[Phase]:

@@ -13,11 +13,12 @@ from lib_estimate.errors import RequestError
 from lib_estimate.files import reading, writing
 from lib_estimate.files.embedding import Embedding
 from lib_estimate.hosts.several import Several
-from lib_estimate.interfaces import fields, standalone_tab
+from lib_estimate.interfaces import fields, standalone_tab, view
 from lib_estimate.interfaces import tab as tab_module
 from lib_estimate.interfaces.inside_tab import InsideTab
 from lib_estimate.interfaces.shell import taken_in
-from lib_estimate.request import AUTO_VECTORS, EstimateRequest, ModelOptions, Part, Target, Use
+from lib_estimate.interfaces.time_left import Pace
+from lib_estimate.request import AUTO_VECTORS, Effort, EstimateRequest, ModelOptions, Part, Target, Use
 from tests.conftest import SHAPES_SD
 from tests.interfaces import browser
 
@@ -190,7 +191,7 @@ def test_a_checkpoint_that_was_switched_while_a_run_waited_is_named(switches) ->
     blocks = tab_module.build(shell)
     (event,) = [
         f for f in blocks.fns.values()
-        if any(blocks.blocks[target].elem_id == "embedding_estimate_estimate" for target, _ in f.targets)
+        if any(t is not None and blocks.blocks[t].elem_id == "embedding_estimate_estimate" for t, _ in f.targets)
     ]  # fmt: skip
     shown = event.fn("task", *(component.value for component in event.inputs[1:]))
     assert ("switched from first to second" in shown[3]) == switches
@@ -213,6 +214,24 @@ def test_element_ids_are_ours_and_unique(tab) -> None:
 def test_labels_are_unique_as_the_webui_remembers_values_by_them(tab) -> None:
     labels = [component.label for component in tab.fields.values()]
     assert len(labels) == len(set(labels))
+
+
+def test_the_style_hides_fields_by_the_words_of_the_tab() -> None:
+    style = standalone_tab.STYLE.read_text(encoding="utf-8")
+    for source, word, shown in (
+        ("use", fields.WORDS["sentence"], "sentence"),
+        ("target", fields.WORDS["negative"], "beside"),
+        ("vectors", fields.COUNTS[fields.NUMBER], "vector_count"),
+    ):
+        chosen = f'#{fields.identifier(source)} input[value="{word}"]:checked'
+        assert f"#embedding_estimate_columns:not(:has({chosen}))\n#{fields.identifier(shown)}" in style
+
+
+def test_what_a_run_takes_is_told_in_time_once_one_was_timed(tab, monkeypatch) -> None:
+    monkeypatch.setattr(view, "known", {(0, 0): Pace(3.0, 10)})
+    timed = view.takes(EstimateRequest(prompt=PROMPT))
+    assert [said.split()[-1] for said in timed.values()] == ["min"] * 3
+    assert "pictures' worth" in view.takes(EstimateRequest(prompt=PROMPT, width=512))[Effort.QUICK]
 
 
 def test_an_interrupt_without_a_run_is_forgotten(tab) -> None:
@@ -479,6 +498,9 @@ def test_in_a_browser(served, tmp_path) -> None:
         page.until(lambda: "3/75" in page.text("prompt_tokens"))
         page.fill("name", "inbrowser")
         page.choose("part", "U-NET")
+        assert not page.all("sentence")[0].is_displayed()
+        page.choose("use", "In this sentence")
+        page.until(lambda: page.all("sentence")[0].is_displayed())
         page.choose("use", "As the whole prompt")
         use_few(page)
 
