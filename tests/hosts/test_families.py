@@ -100,8 +100,10 @@ def test_a_single_file_is_the_same_model(small, family_host, tmp_path) -> None:
     assert torch.allclose(eps, other_eps, atol=1e-3)
 
 
-def test_a_single_file_without_yaml_is_tried_for_what_it_predicts(small, tmp_path) -> None:
-    """Random weights predict nothing, so only that the file is asked; the .yaml's word is taken where there is one."""
+def test_a_single_file_without_yaml_is_tried_for_what_it_predicts(tmp_path) -> None:
+    """Random weights predict nothing, so only that the file is asked; the .yaml's word is taken where there is one. Of
+    one family: a network of full size is made for it."""
+    small = small_model("sd2", "v_prediction")
     path = small.single_file(tmp_path / "one.safetensors")
     path.with_suffix(".yaml").unlink()
     with pytest.raises(ModelError):  # the published layout is the full-sized one
