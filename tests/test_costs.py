@@ -11,7 +11,7 @@ import pytest
 from lib_estimate import words
 from lib_estimate.interfaces.time_left import TimeLeft
 from lib_estimate.progress import Cost, Note, Phase, Planned, StepReport
-from lib_estimate.request import Effort, EstimateRequest, Part, Target, Use
+from lib_estimate.request import Effort, EstimateRequest, Target, Use
 
 SECONDS = 0.3  # of a forward
 LINE_SEARCH = 0.1  # share of a learning phase that L-BFGS's line search may take more or less
@@ -21,10 +21,6 @@ SHORT = EstimateRequest(
 REQUESTS = {
     "whole": dataclasses.replace(SHORT, effort=Effort.NORMAL, images=1),
     "anywhere": dataclasses.replace(SHORT, use=Use.ANYWHERE, negative="blurry"),
-    "no weights": dataclasses.replace(SHORT, prompt="a red circle", part=Part.TRANSFORMER, vectors=2),
-    "negative": dataclasses.replace(
-        SHORT, negative="(blue:1.4) square", target=Target.NEGATIVE, beside=("a circle AND a square",)
-    ),
     "and": dataclasses.replace(SHORT, prompt="a (red:1.3) circle AND a green square :0.6"),
     "both": dataclasses.replace(SHORT, target=Target.BOTH, negative="(blue:1.4) square"),
 }

@@ -47,7 +47,6 @@ def test_half_of_a_generation_is_not_run(host, few) -> None:
 @pytest.mark.parametrize(
     ("prompt", "changes"),
     [
-        ("a (red:1.6) circle AND a star :0.5", {}),
         ("[a (red:1.6) circle:a (blue:1.4) star:0.5]", {"stages": True, "part": Part.CROSS_ATTENTION}),
     ],
 )
